@@ -144,18 +144,20 @@ def where_picture(stem: str) -> str:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyBboxPatch
     here = int(stem[:2])
-    figure, axes = plt.subplots(figsize=(9.6, 0.62))
-    for place, (name, number) in enumerate(STAGES):
-        lit = number == here or here == 0
-        axes.text(place, 0, f"{number:02} {name}" if len(name) < 1 else f"{number:02}\n{name}", ha="center", va="center", fontsize=8.5,
-                  color="white" if lit else "0.25", weight="bold" if lit else "normal",
-                  bbox={"boxstyle": "round,pad=0.42", "fc": "#1f5fa8" if lit else "#eef1f5", "ec": "#1f5fa8" if lit else "#c3cad3"})
-        if place: axes.annotate("", (place - 0.42, 0), (place - 0.58, 0), arrowprops={"arrowstyle": "->", "color": "0.5", "lw": 0.8})
-    axes.set(xlim=(-0.55, len(STAGES) - 0.45), ylim=(-1, 1))
+    figure = plt.figure(figsize=(10, 0.62))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.55, len(STAGES) - 0.45), ylim=(-1, 1))
     axes.axis("off")
+    for place, (name, number) in enumerate(STAGES):
+        lit = here in (0, number)
+        axes.add_patch(FancyBboxPatch((place - 0.42, -0.6), 0.84, 1.2, boxstyle="round,pad=0,rounding_size=0.08", mutation_aspect=2,
+                                      fc="#1f5fa8" if lit else "#eef1f5", ec="#1f5fa8" if lit else "#c3cad3"))
+        axes.text(place, 0, f"{number:02}\n{name}", ha="center", va="center", fontsize=7.5, linespacing=1.3,
+                  color="white" if lit else "0.3")
+        if place: axes.annotate("", (place - 0.41, 0), (place - 0.59, 0), arrowprops={"arrowstyle": "->", "color": "0.5", "lw": 0.8})
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, metadata={"Software": None})
+    figure.savefig(buffer, dpi=100, metadata={"Software": None})
     plt.close(figure)
     return base64.b64encode(buffer.getvalue()).decode()
 
