@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'SGD', 'AdamW', 'Lion', 'orthogonalize', 'Muon', 'parameter_groups', 'MuonAdamW',
-           'make_optimizer', 'schedule', 'clip_gradients']
+           'make_optimizer', 'restore_optimizer', 'schedule', 'clip_gradients']
 
 # %% ../notebooks/09_optimizers.ipynb #imports
 import difflib
@@ -107,7 +107,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.flo
 class Muon(Optimizer):
     """Momentum, orthogonalized: every direction of a weight matrix moves equally far (Jordan 2024).
 
-    For 2-D hidden weights only. With `dtype=torch.bfloat16` it equals `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`.
+    For 2-D hidden weights only. Equals `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` with `dtype=torch.bfloat16`.
     The factor 0.2 sqrt(max(A, B)) gives an update the size of AdamW's, so one learning rate serves both (Liu et al.
     2025, arXiv 2502.16982, equation 4).
     """
@@ -189,9 +189,9 @@ def make_optimizer(model: nn.Module, name: str = "adamw", *, learning_rate: floa
         nearest = difflib.get_close_matches(name, OPTIMIZERS, 1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"optimizer {name!r} is unknown: choose one of {', '.join(OPTIMIZERS)}{hint}")
-    for key, value, low, high in (("learning_rate", learning_rate, 0, math.inf), ("weight_decay", weight_decay, 0, math.inf),
-                                  ("beta1", beta1, 0, 1), ("beta2", beta2, 0, 1), ("momentum", momentum, 0, 1)):
-        if not low <= value < high: raise ValueError(f"{key} is {value}: it must be at least {low} and below {high}")
+    for key, value, limit in (("learning_rate", learning_rate, math.inf), ("weight_decay", weight_decay, math.inf),
+                              ("beta1", beta1, 1), ("beta2", beta2, 1), ("momentum", momentum, 1)):
+        if not 0 <= value < limit: raise ValueError(f"{key} is {value}: it must be at least 0 and below {limit}")
     matrices_of = "blocks." if name == "muon" else ""
     groups = [g for g in parameter_groups(model, weight_decay, matrices_of=matrices_of) if g["params"]]
     if not groups: raise ValueError("the model has no parameter with requires_grad=True: there is nothing to train")
@@ -205,6 +205,30 @@ def make_optimizer(model: nn.Module, name: str = "adamw", *, learning_rate: floa
         raise ValueError("muon needs 2-D weights under `model.blocks` and others outside them: choose adamw here")
     return MuonAdamW(torch.optim.Muon([matrices], learning_rate, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
                      torch.optim.AdamW(others, learning_rate, (beta1, beta2), eps, fused=fused))
+
+# %% ../notebooks/09_optimizers.ipynb #restore-optimizer
+def restore_optimizer(optimizer: Optimizer | MuonAdamW, state: Mapping) -> None:
+    """Loads what `optimizer.state_dict()` returned in an earlier run; settings (learning rate, decay) stay today's.
+
+    ValueError, before anything is changed, where it is of another kind of optimizer or of other parameters.
+    """
+    other_kind = ValueError("the saved state is of another kind of optimizer: resume with the optimizer of that run")
+    if isinstance(optimizer, MuonAdamW) != ("muon" in state): raise other_kind
+    two = isinstance(optimizer, MuonAdamW)
+    pairs = [(optimizer.muon, state["muon"]), (optimizer.adamw, state["adamw"])] if two else [(optimizer, state)]
+    for part, saved in pairs:
+        here = part.state_dict()["param_groups"]
+        if [g.keys() for g in here] != [g.keys() for g in saved["param_groups"]]: raise other_kind
+        names = [name for g in here for name in g["param_names"]]
+        if names != [name for g in saved["param_groups"] for name in g["param_names"]]:
+            raise ValueError("the saved state is of other parameters: resume with the model of that run")
+        for number, weight in enumerate(p for g in part.param_groups for p in g["params"]):
+            for key, tensor in saved["state"].get(number, {}).items():
+                if key != "step" and tensor.shape != weight.shape:
+                    raise ValueError(f"the saved {key} of {names[number]!r} has the shape {tuple(tensor.shape)}, the "
+                                     f"parameter has {tuple(weight.shape)}: resume with the model of that run")
+    for part, saved in pairs:
+        part.load_state_dict({"state": saved["state"], "param_groups": part.state_dict()["param_groups"]})
 
 # %% ../notebooks/09_optimizers.ipynb #schedule
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
