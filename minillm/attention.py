@@ -208,7 +208,8 @@ class KVCache:
                 raise ValueError(f"a layer with window = {layer.window} keeps max_chunk = {layer.max_chunk} more: from "
                                  f"{self.written} tokens it cannot go back to {length}; raise max_chunk, or start anew")
         self.length = length
-        if length <= min(layer.keep for layer in self.layers): self.written = length   # the rings are empty again
+        if all(layer.window is None or length <= layer.keep for layer in self.layers):
+            self.written = length   # the rings are empty again
 
     def select(self, rows: Tensor) -> None:
         "Make rows number `rows` (N) the batch: repeats a prompt, reorders beams, drops what is finished."
@@ -229,7 +230,7 @@ def check_cache(cache: KVCache, layer: int, window: int | None, sinks: int, pref
     too_wide = kept.window is not None and (window is None or window > kept.window)
     if too_wide or (kept.window is not None and first and first + cache.max_padding > kept.keep):
         raise ValueError(f"layer {layer} looks at window = {window} and {first} first tokens, the cache keeps "
-                         f"{kept.window} and {kept.keep}; make it with this window, sinks = max(sinks, prefix)")
+                         f"{kept.window} and {kept.keep}; make it with this window and these sinks")
     if 0 < cache.length < prefix + cache.max_padding:
         raise ValueError(f"prefix = {prefix}, but the first chunk ended after {cache.length} tokens, "
                          f"{cache.max_padding} of padding included; its tokens see each other, so feed it whole")

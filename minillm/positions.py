@@ -94,7 +94,8 @@ class RotaryPositions(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"head_dim = {head_dim} must be even, since RoPE turns pairs; change d_model or n_heads")
-        if scaling is not None and sorted(scaling) != sorted(["kind", *SCALINGS.get(scaling.get("kind"), [])]):
+        kind = None if scaling is None else scaling.get("kind")
+        if scaling is not None and (kind not in SCALINGS or set(scaling) != {"kind", *SCALINGS[kind]}):
             raise ValueError(f"scaling = {scaling} must have a \"kind\" and the keys of that kind: {SCALINGS}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
 
