@@ -77,7 +77,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One layer (B, T, C) -> (B, T, C): attention, then a network for each token, each adding to the residual stream.
 
-    Pre-norm: the stream itself is never normalised (Xiong et al. 2020, arXiv 2002.04745). `dropout` falls on what the two
+    Pre-norm: the stream itself is never normalised (Xiong et al. 2020, arXiv 2002.04745). `dropout` falls on what the
     branches add. `attention` is lesson 05's, or any module that takes (x, rotate, bias, cache).
     """
     def __init__(self, attention: nn.Module, mlp: nn.Module, attention_norm: nn.Module, mlp_norm: nn.Module, *,
@@ -107,7 +107,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, d_model: int, n_experts: int, n_active: int, make_expert: Callable[[], nn.Module]):
         super().__init__()
         if not 1 <= n_active <= n_experts:
-            raise ValueError(f"n_active = {n_active}, how many see each token, must be from 1 to n_experts = {n_experts}")
+            raise ValueError(f"n_active = {n_active}, the experts of one token, must be 1 to n_experts = {n_experts}")
         self.router = nn.Linear(d_model, n_experts, bias=False)
         self.experts = nn.ModuleList(make_expert() for _ in range(n_experts))
         self.n_active = n_active
@@ -125,7 +125,7 @@ class MixtureOfExperts(nn.Module):
 
 # %% ../notebooks/07_blocks.ipynb #load-balance
 def load_balance(scores: Tensor, n_active: int) -> Tensor:
-    """How uneven a router is, from its scores (N, E): 1 if all experts are used alike, E / n_active if only n_active are.
+    """How uneven a router is, from its scores (N, E): 1 if all experts are used alike, E / n_active if so few are.
 
     Add a hundredth of it to the loss, for each layer. Fedus et al. 2021 (arXiv 2101.03961), equation 4.
     """

@@ -84,7 +84,7 @@ class ModelConfig:
 
     @property
     def max_length(self) -> int | None:
-        """Longest text in tokens: the context, or None (no end) where nothing past it is new to the model: with ALiBi, or
+        """Longest text in tokens: the context, or None (no end) where nothing past it is new: with ALiBi, or
         where each layer's window keeps all distances within the context and nothing tells positions but distance."""
         bounded = self.window is not None and self.window <= self.context_length and not self.global_every
         relative = self.position == "none" or (self.position == "rope" and not self.sinks and not self.prefix)
@@ -148,8 +148,8 @@ def check_config(c: ModelConfig) -> None:
 class MiniLLM(nn.Module):
     """Token ids (B, T) -> logits (B, T, V): embedding, positions, blocks, norm, head.
 
-    All linear layers are `nn.Linear`s and may be replaced as submodules. With `gradient_checkpointing = True` training keeps
-    each block's input only and computes the rest again in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+    All linear layers are `nn.Linear`s and may be replaced as submodules. With `gradient_checkpointing = True` training
+    keeps each block's input only and computes the rest again in the backward pass (Chen et al. 2016, arXiv 1604.06174).
     """
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -195,8 +195,8 @@ class MiniLLM(nn.Module):
             case _: return x, None, None
 
     def initialize(self) -> None:
-        """Weights from N(0, 0.02), biases 0. What adds to the residual stream is smaller by sqrt(2 n_layers): it is added so
-        often, and the sum shall be no wider for it (GPT-2: Radford et al. 2019, section 2.3)."""
+        """Weights from N(0, 0.02), biases 0. What adds to the residual stream is smaller by sqrt(2 n_layers): so often
+        is added, and the sum shall not grow with depth (GPT-2: Radford et al. 2019, section 2.3)."""
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding): continue
             adds = name.endswith((".output", ".down"))
