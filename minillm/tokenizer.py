@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'PATTERNS', 'check_text', 'each_text', 'special_names', 'number_special', 'split_special', 'Tokenizer',
-           'CharTokenizer', 'join_pair', 'pre_tokenize', 'count_pre_tokens', 'queue_entry', 'replace_pair',
-           'learn_merges', 'merge_bytes', 'PieceCache', 'check_bytes', 'split_ranks', 'show_bytes', 'read_bytes',
-           'BPETokenizer', 'write_whole', 'load_tokenizer', 'fetch_encoding', 'best_split', 'log_add',
+           'CharTokenizer', 'join_pair', 'compile_pattern', 'pre_tokenize', 'count_pre_tokens', 'queue_entry',
+           'replace_pair', 'learn_merges', 'merge_bytes', 'PieceCache', 'check_bytes', 'split_ranks', 'show_bytes',
+           'read_bytes', 'BPETokenizer', 'write_whole', 'load_tokenizer', 'fetch_encoding', 'best_split', 'log_add',
            'expected_tokens', 'seed_scores', 'unigram_step', 'prune_tokens', 'UnigramTokenizer', 'import_sentencepiece',
            'SentencePieceTokenizer']
 
@@ -22,7 +22,7 @@ import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -200,16 +200,23 @@ PATTERNS = {
     "tales": r"'s(?!\p{L})| ?\p{L}+(?:'(?!s(?!\p{L}))\p{L}+)*| ?\p{N}+| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+",
 }
 
-def pre_tokenize(text: str, pattern: str = "gpt2") -> list[str]:
-    """`text` cut into pre-tokens, across which nothing merges; joined they are the text.
+@cache
+def compile_pattern(pattern: str) -> regex.Pattern:
+    """A name in PATTERNS, or a regex (of the module `regex`), compiled; a character that it leaves out matches alone.
 
-    `pattern` is a name in PATTERNS or a regex (of the module `regex`); a character that it leaves out stands alone.
+    ValueError for an unknown name, for what is no regex, and for a regex with a group or that matches the empty string.
     """
-    compiled = regex.compile(f"{PATTERNS.get(pattern, pattern)}|(?s:.)")     # compiled once: regex keeps it
-    pieces = compiled.findall(text)
-    if compiled.groups or sum(map(len, pieces)) != len(text):
-        raise ValueError(f"pattern={pattern!r} has a capturing group, use (?:...), or matches the empty string")
-    return pieces
+    if pattern not in PATTERNS and re.fullmatch(r"[\w-]*", pattern):
+        raise ValueError(f"pattern={pattern!r} is no name in {list(PATTERNS)}, and a regex it hardly is")
+    try: compiled = regex.compile(f"{PATTERNS.get(pattern, pattern)}|(?s:.)")
+    except regex.error as error: raise ValueError(f"pattern={pattern!r} is no regex: {error}") from None
+    if compiled.groups: raise ValueError(f"pattern={pattern!r} has a capturing group: write (?:...) instead of (...)")
+    if compiled.match(""): raise ValueError(f"pattern={pattern!r} matches the empty string: use + in place of *")
+    return compiled
+
+def pre_tokenize(text: str, pattern: str = "gpt2") -> list[str]:
+    "`text` cut into pre-tokens, across which nothing merges; joined they are the text."
+    return compile_pattern(pattern).findall(text)
 
 # %% ../notebooks/02_tokenizer.ipynb #count-pre-tokens
 def count_pre_tokens(texts: Iterable[str], pattern: str = "gpt2") -> Counter[bytes]:
@@ -339,7 +346,7 @@ class BPETokenizer(Tokenizer):
                  special_tokens: Iterable[str] | Mapping[str, int] = (END_OF_TEXT,), eos_token: str = END_OF_TEXT):
         check_bytes(ranks)
         self.ranks, self.pattern = dict(ranks), PATTERNS.get(pattern, pattern)
-        pre_tokenize("", self.pattern)                                       # what is no regex fails here, not later
+        compile_pattern(pattern)                                             # what is no regex fails here, not later
         super().__init__({rank: token for token, rank in self.ranks.items()}, special_tokens, eos_token)
         if len(self.tokens) < len(self.ranks): raise ValueError("two tokens in `ranks` have one id: each needs its own")
         self._cache = PieceCache(self._ids_of)
@@ -513,7 +520,7 @@ class UnigramTokenizer(Tokenizer):
                  special_tokens: Iterable[str] | Mapping[str, int] = (END_OF_TEXT,), eos_token: str = END_OF_TEXT):
         check_bytes(scores)
         self.scores, self.pattern, self.longest = dict(scores), PATTERNS.get(pattern, pattern), max(map(len, scores))
-        pre_tokenize("", self.pattern)
+        compile_pattern(pattern)
         self.ids = {token: place for place, token in enumerate(self.scores)}
         super().__init__({place: token for token, place in self.ids.items()}, special_tokens, eos_token)
         self._cache = PieceCache(self._ids_of)
