@@ -352,7 +352,7 @@ def as_batches(data, model: nn.Module, config: TrainConfig, tokenizer=None) -> B
     """What `train` was given, as batches. A `Batches` or `Stream` stays as it is; other iterables become a `Stream`.
 
     With their `tokenizer`: a token file or a pair of them (training, validation), a list of texts, a `Corpus` or a
-    pair, or what `load_corpus` takes (a name, a path, a mixture). ValueError where the tokenizer or a length is missing.
+    pair, or what `load_corpus` takes (a name, a path, a mixture). ValueError where a tokenizer or length is missing.
     """
     if isinstance(data, (Batches, Stream)): return data
     files = as_token_files(data, tokenizer, config)
