@@ -184,7 +184,7 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, name, content, m
 @pytest.mark.parametrize("name, error, message", [
     ("no/such/file.txt", FileNotFoundError, "no file, folder or corpus 'no/such/file.txt'"),
     ("tale", FileNotFoundError, "did you mean 'tales'"),
-    ("xyz", FileNotFoundError, "names are tales, tales-short, pydocs"),
+    ("xyz", FileNotFoundError, "named corpora are tales, tales-short, pydocs"),
     ({"tales": -1.0}, ValueError, "must be positive"),
     ({}, ValueError, "must be positive"),
 ])
