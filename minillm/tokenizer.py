@@ -101,6 +101,10 @@ class Tokenizer:
         "The ids of each text of a list or an iterator; names of special tokens are ordinary text."
         return [self.encode_ordinary(text) for text in each_text(texts)]
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        "The ids of any bytes; of UTF-8 those of its text. ValueError where this kind of tokenizer lacks a byte."
+        return self.encode_ordinary(data.decode("utf-8", "surrogateescape"))
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         "The bytes of `ids` (a list, an array or a tensor). ValueError for an id that no token has."
         try:
@@ -302,15 +306,19 @@ def merge_bytes(piece: bytes, ranks: Mapping[bytes, int], below: float = math.in
 
 # %% ../notebooks/02_tokenizer.ipynb #piece-cache
 class PieceCache(dict):
-    "Ids by pre-token, worked out when first asked for. Only short ones are kept, and not without end."
+    "Ids by pre-token, worked out by `ids_of` when first asked for. Only short ones are kept, and not without end."
 
-    def __init__(self, ids_of: Callable[[bytes], list[int]], longest: int = 32, most: int = 200_000):
-        self.ids_of, self.longest, self.most = ids_of, longest, most
+    def __init__(self, pattern: str, ids_of: Callable[[bytes], list[int]], longest: int = 32, most: int = 200_000):
+        self.compiled, self.ids_of, self.longest, self.most = compile_pattern(pattern), ids_of, longest, most
 
     def __missing__(self, piece: str) -> list[int]:
         ids = self.ids_of(piece.encode("utf-8", "surrogateescape"))
         if len(piece) <= self.longest and len(self) < self.most: self[piece] = ids
         return ids
+
+    def encode(self, text: str) -> list[int]:
+        "The ids of all pre-tokens of `text`."
+        return list(chain.from_iterable(map(self.__getitem__, self.compiled.findall(text))))
 
 def check_bytes(tokens: Iterable[bytes]) -> None:
     "ValueError unless all 256 single bytes are among `tokens`: without them some text would have no ids."
@@ -346,10 +354,9 @@ class BPETokenizer(Tokenizer):
                  special_tokens: Iterable[str] | Mapping[str, int] = (END_OF_TEXT,), eos_token: str = END_OF_TEXT):
         check_bytes(ranks)
         self.ranks, self.pattern = dict(ranks), PATTERNS.get(pattern, pattern)
-        compile_pattern(pattern)                                             # what is no regex fails here, not later
         super().__init__({rank: token for token, rank in self.ranks.items()}, special_tokens, eos_token)
         if len(self.tokens) < len(self.ranks): raise ValueError("two tokens in `ranks` have one id: each needs its own")
-        self._cache = PieceCache(self._ids_of)
+        self._cache = PieceCache(pattern, self._ids_of)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (),
@@ -368,11 +375,7 @@ class BPETokenizer(Tokenizer):
 
     def encode_ordinary(self, text: str, start: int = 0) -> list[int]:
         "The ids of `text`, in which no special token counts."
-        return list(chain.from_iterable(map(self._cache.__getitem__, pre_tokenize(text, self.pattern))))
-
-    def encode_bytes(self, data: bytes) -> list[int]:
-        "The ids of any bytes; of UTF-8 those of its text. `decode_bytes` is the way back."
-        return self.encode_ordinary(data.decode("utf-8", "surrogateescape"))
+        return self._cache.encode(text)
 
     @property
     def merges(self) -> list[tuple[bytes, bytes]]:
@@ -520,10 +523,9 @@ class UnigramTokenizer(Tokenizer):
                  special_tokens: Iterable[str] | Mapping[str, int] = (END_OF_TEXT,), eos_token: str = END_OF_TEXT):
         check_bytes(scores)
         self.scores, self.pattern, self.longest = dict(scores), PATTERNS.get(pattern, pattern), max(map(len, scores))
-        compile_pattern(pattern)
         self.ids = {token: place for place, token in enumerate(self.scores)}
         super().__init__({place: token for token, place in self.ids.items()}, special_tokens, eos_token)
-        self._cache = PieceCache(self._ids_of)
+        self._cache = PieceCache(pattern, self._ids_of)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (), pattern: str = "gpt2", *,
@@ -543,7 +545,9 @@ class UnigramTokenizer(Tokenizer):
     def _ids_of(self, piece: bytes) -> list[int]:
         return [self.ids[token] for token in best_split(piece, self.scores, self.longest)]
 
-    encode_ordinary, encode_bytes = BPETokenizer.encode_ordinary, BPETokenizer.encode_bytes    # pre-tokens, the cache
+    def encode_ordinary(self, text: str, start: int = 0) -> list[int]:
+        "The ids of `text`, in which no special token counts."
+        return self._cache.encode(text)
 
     def settings(self) -> dict:
         return {"pattern": self.pattern, "tokens": [[show_bytes(token), score] for token, score in self.scores.items()]}
@@ -598,6 +602,8 @@ class SentencePieceTokenizer(Tokenizer):
         return bytes.fromhex(piece[3:5]) if self._processor.is_byte(i) else piece.replace("\u2581", " ").encode()
 
     def encode_ordinary(self, text: str, start: int = 0) -> list[int]: return self._processor.encode(text)
+
+    def encode_bytes(self, data: bytes) -> list[int]: return self.encode(data.decode())   # not UTF-8: ValueError
 
     def settings(self) -> dict: return {"model": base64.b64encode(self.model).decode()}
 

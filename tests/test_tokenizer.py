@@ -245,7 +245,7 @@ def test_a_batch_is_its_texts_and_an_iterator_will_do(bpe):
 
 
 def test_long_pre_tokens_are_not_kept(bpe):
-    cache = module.PieceCache(lambda piece: list(piece), longest=4, most=2)
+    cache = module.PieceCache("gpt2", list, longest=4, most=2)
     for piece in ("ab", "abcde", "cd", "ef"): assert cache[piece] == list(piece.encode())
     assert set(cache) == {"ab", "cd"}
 
@@ -271,6 +271,12 @@ def test_any_text_comes_back(bpe, unigram, text):
 @quick
 def test_any_bytes_come_back(bpe, unigram, data):
     for kind in (bpe, unigram): assert kind.decode_bytes(kind.encode_bytes(data)) == data
+
+
+def test_bytes_that_a_kind_does_not_know_are_an_error(sentencepiece):
+    for kind in (sentencepiece, CharTokenizer("ab")):
+        assert kind.decode_bytes(kind.encode_bytes(b"ab")) == b"ab"
+        with pytest.raises(ValueError): kind.encode_bytes(b"a\xff")
 
 
 @given(mixed.filter(lambda text: "\u2581" not in text))
