@@ -324,7 +324,7 @@ class Way(NamedTuple):
         if slot.kind != "new": return {self.forms[slot.key]: 1.0}
         return {said(value): share for value, share in slot.row(self.facts).shares(self.used).items()}
 
-def follow(world: World, prefix: list[str]) -> NextWord:
+def follow(world: World, prefix: list[str]) -> "NextWord":
     "The third narrator behind `prefix`; its `next` has the odds of the next word. TaleError if no tale begins so."
     narrator = NextWord(world, prefix)
     try: world.story(narrator)
@@ -666,7 +666,7 @@ class TaleWorld:
         "What `quiz` can ask for."
         return [*dict.fromkeys(self.world.skills.values()), "pronoun", "count"]
 
-    def quiz(self, skill: str, n: int = 1) -> list["Question"]:
+    def quiz(self, skill: str, n: int = 1) -> "list[Question]":
         "`n` questions on one skill, each from a tale of its own. ValueError for a skill this world does not ask for."
         if skill not in self.skills: raise ValueError(f"skill {skill!r} is not known; there are {self.skills}")
         asked: list[Question] = []
