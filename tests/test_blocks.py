@@ -133,6 +133,17 @@ def test_experts_equal_a_loop_over_tokens():
     assert torch.allclose(moe(x), expected, atol=1e-6)
 
 
+def test_the_router_learns_with_one_active_expert_too():
+    for n_active in (1, 2):
+        moe, x = experts(4, n_active), torch.randn(6, 8)
+        moe(x).square().sum().backward()
+        assert moe.router.weight.grad.abs().max() > 0
+    best = moe.router(x).softmax(-1).max(-1)
+    moe.n_active = 1
+    expected = torch.stack([p * moe.experts[e](token) for p, e, token in zip(*best, x)])
+    assert torch.allclose(moe(x), expected, atol=1e-6), "one alone counts by its probability, as in Fedus et al. 2021"
+
+
 def test_one_expert_is_the_plain_network_and_all_active_a_full_mixture():
     x = torch.randn(4, 8)
     one, every = experts(1, 1), experts(3, 3)
