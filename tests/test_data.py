@@ -5,7 +5,6 @@ import http.server
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -428,6 +427,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="address space limits are Linux's")
 def test_a_file_larger_than_the_memory_allowed_for_it_is_read(tmp_path):
     "Touching a few windows of a 400 MB file must not make it resident."
+    import resource
     path = tmp_path / "big.tokens"
     n = 200_000_000
     header = dict(n_tokens=n, n_documents=1, dtype="<u2", corpus="big", split="train", world=None, world_version=None, eos_id=0,
@@ -566,6 +566,14 @@ def test_packed_rows_are_the_documents_in_a_new_order_without_a_gap(tmp_path):
         assert len(stream) > tokens.n_tokens - 25
         orders.append(texts)
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("sequence_length", [1, 2, 3, 4, 6, 9, 10, 11])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_packed_epochs_of_any_size_have_no_empty_batch(tmp_path, sequence_length, batch_size):
+    batches = Batches(file_of(["abcdef", "abcde"], tmp_path), CHARACTERS, batch_size=batch_size, sequence_length=sequence_length, kind="packed", epochs=3)
+    shapes = [tuple(inputs.shape) for inputs, _ in batches]
+    assert len(shapes) == 3 * batches.batches_per_epoch and set(shapes) <= {(n, sequence_length) for n in range(1, batch_size + 1)}
 
 
 def split_at(stream, eos):
