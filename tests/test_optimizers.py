@@ -24,7 +24,6 @@ from minillm.optimizers import (
     schedule,
 )
 
-
 class Tiny(nn.Module):
     "What a language model has: tied embeddings, learned positions, matrices, norms and biases in blocks."
 
