@@ -18,7 +18,6 @@ from minillm.blocks import (
     load_balance,
 )
 
-
 class Branch(nn.Module):
     "Stands for attention: a linear map that notes what it was called with."
     def __init__(self, size):

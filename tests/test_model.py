@@ -422,7 +422,7 @@ def test_listening_changes_nothing_and_sees_weights_that_sum_to_one(changes):
 def test_what_a_listener_returns_takes_the_place_of_what_it_saw():
     model, ids = model_of(), tokens(2, 10)
     with listen(model, {"blocks.1": lambda x: x * 0}): silenced = model(ids)
-    alone = model.blocks[2](torch.zeros(2, 10, 32), *model.place(model.embedding(ids), torch.arange(10))[1:])
+    alone = model.blocks[2](torch.zeros(2, 10, 32), model.positions.at(torch.arange(10)))
     assert torch.allclose(silenced, model.head(model.norm(alone)), atol=1e-6)
     uniform = lambda w: torch.ones_like(w).tril() / torch.arange(1, 11).view(-1, 1)
     with listen(model, {"blocks.0.attention.weights": uniform}): assert apart(model(ids), silenced) > 0.01
