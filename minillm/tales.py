@@ -4,13 +4,25 @@
 
 # %% auto #0
 __all__ = ['WORD_PATTERN', 'NUMBERS', 'PRONOUNS', 'ELEMENT', 'WORLDS', 'SHORT_GIRLS', 'SHORT_BOYS', 'SHORT_PRONOUNS',
-           'SHORT_TABLES', 'SHORT_EVENTS_BALL', 'SHORT_EVENTS', 'SHORT_PLOTS', 'SHORT_LESSONS', 'SHORT_SKILLS', 'words',
-           'spaced', 'join', 'said', 'Forms', 'running_sum', 'Table', 'Slot', 'read_slot', 'Template', 'Choice',
-           'World', 'Narrator', 'DeadEnd', 'Teller', 'NotATale', 'Reader', 'TaleError', 'Ended', 'Way', 'follow',
-           'NextWord', 'short_story', 'short_lost', 'short_search_together', 'short_search_alone', 'short_share',
-           'short_thanks', 'short_promise', 'short_in_time', 'short_truth', 'Tale', 'Word', 'kind_of', 'Parse',
-           'TaleWorld', 'tell_once', 'complaint', 'bet_cost', 'Survey', 'Surveyor', 'survey', 'check_wish',
-           'impossible', 'Question', 'possible', 'rivals', 'ask', 'apart', 'overlaps']
+           'SHORT_TABLES', 'SHORT_EVENTS_BALL', 'SHORT_EVENTS', 'SHORT_PLOTS', 'SHORT_LESSONS', 'SHORT_SKILLS',
+           'FULL_GIRLS', 'FULL_BOYS', 'FULL_NAMES', 'FULL_PRONOUNS', 'FULL_HOMES', 'FULL_ANIMALS', 'FULL_PEOPLE',
+           'FULL_THINGS', 'FULL_TABLES', 'FULL_PRAISE', 'FULL_VERDICT', 'FULL_FAREWELLS', 'FULL_LOST_TO', 'FULL_CAUSES',
+           'FULL_LOSSES', 'FULL_CLUES', 'FULL_SPOTS', 'FULL_FINDERS', 'FULL_CROW', 'FULL_FINDS', 'FULL_HABITS',
+           'FULL_HOMECOMINGS', 'FULL_NEEDS', 'FULL_WALKS', 'FULL_PARTIES', 'FULL_ARRIVALS', 'FULL_THANKS',
+           'FULL_GREEDY', 'FULL_OUTINGS', 'FULL_LOANS', 'FULL_SOUVENIRS', 'FULL_REASONS', 'FULL_RETURNS', 'FULL_DELAYS',
+           'FULL_REPAIRS', 'FULL_MORNINGS', 'FULL_AFTERMATH', 'FULL_ACCIDENTS', 'FULL_STRETCHES', 'FULL_WINNERS',
+           'FULL_FAIR', 'FULL_UNFAIR', 'FULL_TRAPS', 'FULL_STUCK', 'FULL_TROUBLES', 'FULL_RESCUES', 'FULL_TREATS',
+           'FULL_REWARDS', 'FULL_LONELY', 'FULL_GROWN', 'FULL_HARVESTS', 'FULL_DRY', 'FULL_BUTTON', 'FULL_SOURCES',
+           'FULL_NIGHTS', 'FULL_NOISES', 'FULL_WINDY_NOISES', 'FULL_FAULTS', 'FULL_FIRST_FAULTS', 'FULL_SECOND_FAULTS',
+           'FULL_JOYS', 'FULL_SIGHTINGS', 'FULL_USES', 'FULL_BARGAINS', 'FULL_HOOKS', 'FULL_PLOTS', 'FULL_SKILLS',
+           'words', 'spaced', 'join', 'said', 'Forms', 'running_sum', 'Table', 'Slot', 'read_slot', 'Template',
+           'Choice', 'World', 'Narrator', 'DeadEnd', 'Teller', 'NotATale', 'Reader', 'TaleError', 'Ended', 'Way',
+           'follow', 'NextWord', 'short_story', 'short_lost', 'short_search_together', 'short_search_alone',
+           'short_share', 'short_thanks', 'short_promise', 'short_in_time', 'short_truth', 'Tale', 'Word', 'kind_of',
+           'Parse', 'TaleWorld', 'tell_once', 'complaint', 'bet_cost', 'Survey', 'Surveyor', 'survey', 'check_wish',
+           'impossible', 'Question', 'possible', 'rivals', 'ask', 'apart', 'overlaps', 'full_meet', 'full_day',
+           'full_mild_day', 'full_farewell', 'full_loss', 'full_gift', 'full_sharing', 'full_promise', 'full_storm',
+           'full_contest', 'full_helper', 'full_seed', 'full_noise', 'full_swap', 'full_story']
 
 # %% ../notebooks/01_tales.ipynb #imports
 import math
@@ -207,11 +219,13 @@ class Narrator:
         self.facts.update(facts)
         self.forms.clear()
 
-    def draw(self, slot: Slot, value: str | int) -> None:
+    def draw(self, fact: str, table: Table, value: str | int) -> None:
         "Note a fact that was just drawn, and the log-probability of that draw."
-        self.log_prob += slot.row(self.facts).log_prob(value, self.used)
-        self.facts[slot.fact] = value
-        if isinstance(value, str): self.used.add(value)
+        self.log_prob += table.log_prob(value, self.used)
+        self.facts[fact] = value
+        if isinstance(value, str):
+            self.forms[fact] = value
+            self.used.add(value)
 
 # %% ../notebooks/01_tales.ipynb #teller
 class DeadEnd(Exception):
@@ -231,15 +245,16 @@ class Teller(Narrator):
         template = choice.templates[index]
         self.log_prob += choice.log_share[index]
         if template.sets: self.let(**template.sets)
-        for slot in template.draws: self.draw(slot, self.pick(slot))
+        for slot in template.draws:
+            table = slot.table[self.facts[slot.by]] if slot.by else slot.table
+            self.draw(slot.fact, table, self.pick(slot.fact, table))
         self.parts.append(template.format % self.forms)
         return index
 
-    def pick(self, slot: Slot) -> str | int:
+    def pick(self, fact: str, table: Table) -> str | int:
         "A value for a new fact."
-        table = slot.table[self.facts[slot.by]] if slot.by else slot.table
-        if slot.fact in self.wanted:
-            if (value := self.wanted[slot.fact]) in table.share and value not in self.used: return value
+        if fact in self.wanted:
+            if (value := self.wanted[fact]) in table.share and value not in self.used: return value
             raise DeadEnd
         while (value := table.values[bisect(table.edges, self.random())]) in self.used:
             table.shares(self.used)                         # raises when no word is left
@@ -285,9 +300,10 @@ class Reader(Narrator):
         if template.sets: self.let(**template.sets)
         for slot, word in zip(template.open, found):
             if slot.kind == "new":
-                value = slot.row(self.facts).value_of.get(word)
+                table = slot.row(self.facts)
+                value = table.value_of.get(word)
                 if value is None or value in self.used: break
-                self.draw(slot, value)
+                self.draw(slot.fact, table, value)
             elif self.forms[slot.key] != word: break
         else: return True
         if template.draws or template.sets:                 # not this option: forget what it seemed to say
@@ -819,3 +835,924 @@ def overlaps(world: World) -> list[tuple[str, str]]:
     return [(a.text, b.text) for choice in world.choices.values()
             for i, a in enumerate(choice.templates) for b in choice.templates[i + 1:]
             if not any(apart(world, one, other) for one, other in zip(a.slots, b.slots))]
+
+# %% ../notebooks/01_tales.ipynb #full-tables
+FULL_GIRLS = "Mia Nora Lily Ruby Poppy Hazel Tess Daisy Clara Bella Greta Rosie Anna Ida Fern Molly".split()
+FULL_BOYS = "Tom Max Finn Oscar Leo Toby Sam Hugo Milo Barney Jasper Ned Otto Ben Paul Rufus".split()
+FULL_NAMES = FULL_GIRLS + FULL_BOYS
+FULL_PRONOUNS = (dict.fromkeys(FULL_GIRLS + ["mother", "grandmother", "aunt"], "she")
+                 | dict.fromkeys(FULL_BOYS + ["father", "grandfather", "uncle"], "he"))
+FULL_HOMES = {"rabbit": "burrow", "fox": "den", "mouse": "hole", "bear": "cave", "hedgehog": "nest",
+              "squirrel": "nest", "badger": "burrow", "beaver": "lodge", "girl": "cottage", "boy": "cottage"}
+FULL_ANIMALS = [kind for kind, home in FULL_HOMES.items() if home != "cottage"]
+FULL_PEOPLE = {"names": FULL_NAMES,
+               "kinds": [*FULL_HOMES],
+               "kinds_for": {name: FULL_ANIMALS + ["girl" if name in FULL_GIRLS else "boy"] for name in FULL_NAMES},
+               "names_for": {kind: {"girl": FULL_GIRLS, "boy": FULL_BOYS}.get(kind, FULL_NAMES)
+                             for kind in FULL_HOMES},
+               "homes": {kind: [home] for kind, home in FULL_HOMES.items()},
+               "neighbours": FULL_ANIMALS + ["otter", "goose", "donkey", "heron"],
+               "elders": "mother father grandmother grandfather aunt uncle".split(),
+               "traits": "small merry shy curious quiet clever dreamy brave sleepy".split(),
+               "nears": "hill stream wood meadow mill orchard".split(),
+               "edges": "wood meadow village orchard".split(),
+               "colours": "red blue green yellow white purple pink brown".split(),
+               "weathers": "sunny windy cloudy cold warm snowy".split(),
+               "mild_weathers": "sunny windy cloudy warm".split(),
+               "hours": ["morning", "afternoon", "day"],
+               "seasons": {"sunny": ["spring", "summer", "autumn"], "windy": ["spring", "autumn"],
+                           "cloudy": ["spring", "summer", "autumn"], "cold": ["autumn", "winter"],
+                           "warm": ["spring", "summer"], "snowy": ["winter"]},
+               "skies": {"spring": ["sunny", "windy", "cloudy", "warm"],
+                         "summer": ["sunny", "cloudy", "warm"],
+                         "autumn": ["sunny", "windy", "cloudy", "cold"],
+                         "winter": ["sunny", "cold", "cloudy", "snowy"]},
+               "any_season": ["spring", "summer", "autumn", "winter"],
+               "trees": "pear cherry plum chestnut".split(),
+               "foods": "pancakes strawberries cherries pears nuts".split(),
+               "jobs": "sailor baker doctor painter captain pirate".split(),
+               "pets": "Button Peanut Pumpkin Sparrow Pepper Pebble".split()}
+
+FULL_THINGS = {
+    # a loss
+    "toys": "kite scarf hat ball boat bell whistle".split(), "snacks": "pear plum carrot bun".split(),
+    "trips": {"kite": ["hill", "meadow"], "scarf": ["hill", "bridge", "market"], "hat": ["bridge", "meadow", "market"],
+              "ball": ["hill", "lane"], "boat": ["bridge", "mill", "stream"],
+              "bell": ["market", "wood", "mill"], "whistle": ["wood", "meadow", "market"]},
+    "unders": "cart stairs bridge table".split(), "junk": "boot spoon kettle bucket".split(),
+    "behinds": "mill wall bakery gate".split(), "insides": "kitchen cave well".split(), "songs": [3, 4, 5, 6],
+    # a gift
+    "ages": [5, 6, 7, 8, 9], "bought": "scarf kite bowl basket lantern hat".split(), "savings": [2, 3, 4],
+    "prices": {2: [6, 7, 8], 3: [7, 8, 9], 4: [8, 9, 10]}, "wages": {4: [2], 5: [2, 3], 6: [2, 3, 4]},
+    "made": "scarf kite bowl basket whistle".split(), "lumps": "potato cloud boot carrot".split(),
+    "stuffs": {"scarf": ["wool"], "kite": ["paper"], "bowl": ["clay"], "basket": ["straw"], "whistle": ["willow"]},
+    "harms": {"scarf": ["torn"], "hat": ["torn"], "kite": ["torn"], "bowl": ["broken"], "lantern": ["broken"],
+              "basket": ["broken"], "whistle": ["broken"]},
+    "corners": "bridge mill well gate".split(), "strangers": "toad tortoise hare goat".split(),
+    # sharing
+    "totals": [9, 10, 11, 12], "cakes": "buns tarts pies pancakes".split(), "carriers": "basket bowl box bag".split(),
+    "mothers": "duck hen cat sheep".split(), "broods": [2, 3, 4], "pairs": [2, 3],
+    "young": {"duck": ["ducklings"], "hen": ["chicks"], "cat": ["kittens"], "sheep": ["lambs"]},
+    "thanks": "nut button candle spoon".split(),
+    # a promise
+    "loans": "boat cart sledge lantern ladder umbrella".split(), "deadlines": "dark supper sunset".split(),
+    "loan_weathers": {"boat": ["sunny", "warm", "cloudy"], "cart": ["sunny", "windy", "cloudy"],
+                      "sledge": ["sunny", "cold", "cloudy"], "lantern": ["cold", "windy", "cloudy"],
+                      "ladder": ["sunny", "warm", "cloudy"], "umbrella": ["windy", "warm", "cold"]},
+    "loan_seasons": {"boat": ["spring", "summer"], "cart": ["autumn"], "sledge": ["winter"],
+                     "lantern": ["autumn", "winter"], "ladder": ["summer", "autumn"], "umbrella": ["spring", "autumn"]},
+    "sights": [4, 5, 6, 7, 8, 9],
+    # a storm
+    "drops": {"spring": ["rain"], "summer": ["rain"], "autumn": ["rain"], "winter": ["snow"]}, "families": [2, 3, 4, 5],
+    "lights": "lantern lamp candle".split(), "covers": ["blanket", "coat"], "soups": "onion carrot pea potato".split(),
+    # a contest
+    "vehicles": {"spring": ["boat"], "summer": ["boat", "cart"], "autumn": ["cart"], "winter": ["sledge"]},
+    "starters": [6, 7, 8, 9], "passed": [2, 3], "prizes": "cake cheese pie pumpkin".split(), "years": [2, 3, 4],
+    # a helper
+    "goods": "honey salt tea flour".split(), "sacks": "bag basket bucket pot".split(), "eggs": [3, 4, 5, 6],
+    # a seed
+    "pots": "pot bucket kettle boot bowl".split(), "days": [4, 5, 6, 7, 8], "leaves": [2, 3, 4], "bites": [2, 3],
+    # a noise
+    "nights": ["windy", "warm", "cold", "dark"],
+    "night_seasons": {"windy": ["spring", "autumn", "winter"], "warm": ["spring", "summer"],
+                      "cold": ["autumn", "winter"], "dark": ["spring", "summer", "autumn", "winter"]},
+    "guards": "lantern spoon umbrella pillow".split(), "ghosts": "ghost giant dragon".split(),
+    "heads": [2, 3, 4, 5, 6], "steps": [7, 8, 9, 10],
+    # a swap
+    "treasures": "kite drum ball hat scarf bell".split(), "wares": "clock hen cheese pillow kettle chair".split(),
+    # a verdict, in the last sentence
+    "verdicts": {"happy": ["fine", "lovely"], "sad": ["sad", "hard"], "funny": ["strange", "silly"], "wise": ["good", "big"]},
+}
+FULL_TABLES = FULL_PEOPLE | FULL_THINGS
+
+def full_meet(say):
+    "Who the tale is about, and where and with whom the hero lives."
+    say("{hero:names} was a {trait:traits} {kind:kinds_for[hero]} who lived with {hero.his} {elder:elders} in a"
+        " {home:homes[kind]} by the {near:nears}.",
+        "There was once a {trait:traits} {kind:kinds} called {hero:names_for[kind]}. {hero.He} and {hero.his}"
+        " {elder:elders} had a {home:homes[kind]} by the {near:nears}.",
+        "Once upon a time, by the {near:nears}, there lived a {trait:traits} {kind:kinds} called"
+        " {hero:names_for[kind]}. {hero.He} shared a {home:homes[kind]} with {hero.his} {elder:elders}.",
+        "Have you heard of {hero:names}? {hero.He} was a {trait:traits} {kind:kinds_for[hero]} and lived in a"
+        " {home:homes[kind]} by the {near:nears}, together with {hero.his} {elder:elders}.",
+        "Not far from the {near:nears} there was a {trait:traits} {kind:kinds} called {hero:names_for[kind]}, who"
+        " had a {home:homes[kind]} there with {hero.his} {elder:elders}.",
+        "At the edge of the {near:edges} a {trait:traits} {kind:kinds} called {hero:names_for[kind]} lived in a"
+        " {home:homes[kind]} with {hero.his} {elder:elders}.")
+    say("{hero.He} liked {food:foods} better than anything else.",
+        "On {hero.his} plate there could never be enough {food:foods}.",
+        "There was nothing {hero.he} would not do for a plate of {food:foods}.",
+        "{hero.He} hoped to be a {job:jobs} one day.",
+        '"When I am big," {hero.he} used to say, "I shall be a {job:jobs}."',
+        "{hero} already knew what {hero.he} wanted to be: a {job:jobs}.",
+        "Everybody called {hero.him} {pet:pets}.",
+        "All {hero.his} friends called {hero.him} {pet:pets}.",
+        "To {hero.his} {elder} {hero.he} was always {pet:pets}.")
+    say.let(paws="hands" if say.facts["home"] == "cottage" else "paws")
+
+def full_day(say):
+    "The weather, which limits the season, and the hour; the sentence goes on after it."
+    say("One {weather:weathers} {season:seasons[weather]} {hour:hours}",
+        "It was a {weather:weathers} {season:seasons[weather]} {hour:hours}, and",
+        "On a {weather:weathers} {hour:hours} in {season:seasons[weather]}")
+
+def full_mild_day(say):
+    "The same without frost and snow, for tales that would suffer from them."
+    say("One {weather:mild_weathers} {season:seasons[weather]} {hour:hours}",
+        "It was a {weather:mild_weathers} {season:seasons[weather]} {hour:hours}, and",
+        "On a {weather:mild_weathers} {hour:hours} in {season:seasons[weather]}")
+
+FULL_PRAISE = '"Not bad for a {trait} {kind}," said {hero.his} {elder}.'
+FULL_VERDICT = '"What a {verdict:verdicts[ending]} story for a {trait} {kind}," said {hero.his} {elder}.'
+FULL_FAREWELLS = {"soon": {"food": ('"And now," said {hero.his} {elder}, "who would like some {food}?"',
+                                    "Never had {food} tasted so good as on that day.",
+                                    "{hero} thought it all over again with a big plate of {food}.",
+                                    FULL_PRAISE, FULL_VERDICT),
+                           "job": ('"That is something a {job} should know," said {hero.his} {elder}.',
+                                   "Today {hero} really is a {job}, and still tells this story.",
+                                   '"A {job} has such days too," said {hero.his} {elder}.',
+                                   FULL_PRAISE, FULL_VERDICT),
+                           "pet": ('"Well, well, {pet}," said {hero.his} {elder}.',
+                                   '"That is my {pet}," said {hero.his} {elder}, and that was that.',
+                                   '"Sleep well, {pet}," said {hero.his} {elder}, and {hero.he} did.',
+                                   FULL_PRAISE, FULL_VERDICT)},
+                  "later": {"food": ("And {hero.he} still likes {food} best.",
+                                     '"Now I know two good things," {hero} says, "and one of them is {food}."'),
+                            "job": ("And today {hero} really is a {job}.",
+                                    '"You learn that as a {job}," {hero.he} says, for that is what {hero.he} is now.'),
+                            "pet": ("Only {hero.his} {elder} still calls {hero.him} {pet}.",
+                                    "And nobody calls {hero.him} {pet} any more, or only in winter, by the fire.")},
+                  "sad": {"food": ("{hero.His} {elder} gave {hero.him} a big plate of {food}, and it helped a little.",
+                                   "Not even {food} tasted of anything for a while.",
+                                   FULL_VERDICT),
+                          "job": ('"Does that happen to a {job} too?" {hero.he} asked. "Oh yes," said {hero.his}'
+                                  " {elder}.",
+                                  '"A {job} must know that too," said {hero.his} {elder}.',
+                                  FULL_VERDICT),
+                          "pet": ('"Come here, {pet}," said {hero.his} {elder}, and held {hero.him} for a long time.',
+                                  '"Tomorrow, {pet}," said {hero.his} {elder}, "is another day."',
+                                  FULL_VERDICT)}}
+
+def full_farewell(say):
+    "The last words come back to the first ones: what the hero liked, hoped to be, or was called."
+    facts = say.facts
+    if facts.get("told") == "enough": return
+    lines = FULL_FAREWELLS["sad" if facts["ending"] == "sad" else facts.get("told", "soon")]
+    say(*[lines[fact] for fact in lines if fact in facts][0])
+
+# %% ../notebooks/01_tales.ipynb #full-plots-1
+FULL_LOST_TO = {"wind": ("{cause=wind}The wind reached down like a hand and took the {object} away.",
+                         "{cause=wind}All at once there was a great wind, and the {object} flew out of {hero.his}"
+                         " {paws}.",
+                         "{cause=wind}One moment the {object} was there, and the next moment the wind had it."),
+                "slope": ("{cause=slope}There {hero.he} fell over a stone, and the {object} rolled away, down and"
+                          " down, faster than {hero} could run.",
+                          "{cause=slope}{hero.He} let go of it for a moment, only for a moment. It began to roll,"
+                          " slowly at first, then fast, and then it was gone."),
+                "water": ("{cause=water}It fell into the water, turned round twice, and was carried off without"
+                          " {hero.him}.",
+                          "{cause=water}But once it was in the water it would not stop. {hero} ran beside it, and"
+                          " the water ran faster."),
+                "hole": ("{cause=hole}What {hero.he} did not know was that {hero.his} bag had a hole in it. By"
+                         " evening the bag was empty.",
+                         "{cause=hole}At home {hero.he} opened {hero.his} bag. There was a hole in it as big as a"
+                         " plum, and no {object}."),
+                "stone": ("{cause=stone}On the way back {hero.he} sat down on a big stone to eat a {snack:snacks}."
+                          " {hero.He} put the {object} down too, and then {hero.he} went home without it.",
+                          "{cause=stone}There {hero.he} put it down on a big stone, just while {hero.he} ate a"
+                          " {snack:snacks}. Then {hero.he} walked home, and did not think of it until night.")}
+FULL_CAUSES = {"kite": "wind", "scarf": "wind", "hat": "wind", "ball": "slope", "boat": "water", "bell": "hole",
+               "whistle": "hole"}
+FULL_LOSSES = {toy: FULL_LOST_TO[cause] + FULL_LOST_TO["stone"] for toy, cause in FULL_CAUSES.items()}
+FULL_CLUES = {"wind": ('"The wind took it, and the wind lives high up," said {friend}. So they looked up.',
+                       "At last {friend} let a leaf fly, and they ran after it to see where the wind puts things."),
+              "slope": ('"Round things go down," said {friend}, "and so must we."',
+                        'At last {friend} let a round stone roll down from the same place. "After it!" called'
+                        " {friend}."),
+              "water": ('"Where does all this water go?" asked {friend}. "That is where we must go too."',
+                        "At last {friend} put a leaf on the water, and they ran along beside it to see where it"
+                        " would stop."),
+              "hole": ('"What falls out of a bag lies on the path," said {friend}. So they walked the whole way'
+                       " again, slowly.",
+                       'At last {friend} asked to see the bag, and looked at {hero} through the hole. "It must be on'
+                       ' the path," said {friend}.'),
+              "stone": ('"Think," said {friend}. "Where did you have it last?" {hero} thought. "I ate a {snack},"'
+                        " {hero.he} said slowly.",
+                        'At last {friend} said, "Tell me your whole day." {hero} told it, and when {hero.he} came to'
+                        " the {snack}, {hero.he} stopped.")}
+FULL_SPOTS = {"wind": "high in a {tree:trees} tree",
+              "slope": "deep in the long grass",
+              "water": "between two stones by the next bridge",
+              "hole": "in the grass, half way home",
+              "stone": "on the big stone"}
+FULL_FINDERS = {toy: finder
+                for toys, finder in (("kite scarf hat",
+                                        ' A goat was eating it. "It needs salt," said the goat. They got most of it'
+                                        " back."),
+                                       ("ball boat",
+                                        ' A duck was sitting on it. "Quiet," said the duck, "it will open any day'
+                                        ' now." They had to give her a turnip for it.'),
+                                       ("bell whistle",
+                                        ' A frog was playing on it, very badly. "Only {songs:songs} more songs,"'
+                                        " said the frog. They had to hear all {songs}."))
+                for toy in toys.split()}
+FULL_CROW = (' A fat crow was using it as a pillow. "Come back in the afternoon," said the crow, and slept on. So'
+             " they came back in the afternoon.")
+FULL_FINDS = {(toy, cause): (
+    (4, "{ending=happy}And there, " + FULL_SPOTS[cause] + ", was the {colour} {object}. {hero} laughed and cried,"
+        " both at once."),
+    (2, "{ending=sad}But they came too late. They looked until the stars were out, and again the next day, and the"
+        " day after. The {colour} {object} was gone."),
+    (2, "{ending=funny}Somebody had found it first, " + FULL_SPOTS[cause] + "."
+        + (FULL_CROW if cause == "wind" else FULL_FINDERS[toy])),
+    (2, "{ending=wise}There it was at last, " + FULL_SPOTS[cause] + ". A very small wren sat beside it and sang to"
+        ' it. "I have never had a {object}," said the wren. "Is it yours?" {hero} said nothing for a long time. "It'
+        ' was," {hero.he} said then.'),
+) for toy in FULL_CAUSES
+  for cause in (FULL_CAUSES[toy], "stone")}
+FULL_HABITS = {"wind": "held it with both {paws} whenever there was a wind",
+               "slope": "carried it over every hill like an egg",
+               "water": "let it swim on a long string",
+               "hole": "looked for holes before {hero.he} put anything into a bag",
+               "stone": "never sat down to eat without looking behind {hero.him}"}
+FULL_HOMECOMINGS = {cause: (
+    "From that day on {hero} " + habit + ".",
+    "That night it slept in {hero.his} bed, and there was hardly room for {hero}.",
+) for cause, habit in FULL_HABITS.items()}
+
+def full_loss(say):
+    "A loss and a search: how the thing was lost decides where it is, and what the hero does ever after."
+    facts = say.facts
+    full_day(say)
+    say("{hero} carried it to the {place:trips[object]}, singing all the way.",
+        "{hero.he} took it along to the {place:trips[object]}, as {hero.he} always did.")
+    say(*FULL_LOSSES[facts["object"]])
+    say("Oh, how {hero} cried!",
+        "{hero} looked at {hero.his} empty {paws} and could not say a word.",
+        "{hero.He} did not cry, but all evening {hero.he} was very quiet.",
+        "It was as if somebody had put out the sun.")
+    say('"Nothing is lost while somebody is looking for it," said {hero.his} {elder}, and sent for {friend:names}'
+        " the {friend_kind:neighbours}, who was good at looking.",
+        '{hero.He} told it all to {friend:names} the {friend_kind:neighbours}. "We will look together," said'
+        ' {friend}. "Four eyes see more than two."',
+        'Then {friend:names} the {friend_kind:neighbours} came by with nothing to do. "I will help you look," said'
+        " {friend}.")
+    say("First they looked under the {under:unders}, and found an old {junk:junk}.",
+        "First they looked behind the {behind:behinds}, and woke a toad.",
+        "They asked everyone they met. A toad had seen two carts and a wedding, but no {object}.")
+    say("Then they looked into the {inside:insides}, where there was nothing but one angry spider.",
+        "Then they climbed into an old tree, and an owl told them to knock next time.",
+        "Nobody knew anything.")
+    say(*FULL_CLUES[facts["cause"]])
+    say(*FULL_FINDS[facts["object"], facts["cause"]])
+    if facts["ending"] == "sad":
+        say("For a long time {hero} could not look at anything {colour}. Then, one morning, {hero.he} could.",
+            "{friend} sat down beside {hero.him} and said nothing, which was just right.")
+    elif facts["ending"] == "wise":
+        say("And {hero} walked home with empty {paws} and a full heart.",
+            '"Why did you do that?" asked {friend} on the way home. "I have had it for so long," said {hero}. "Now'
+            ' it can begin again."')
+    else:
+        say(*FULL_HOMECOMINGS[facts["cause"]])
+
+FULL_NEEDS = {"scarf": "was cold from head to foot",
+              "hat": "was cold from head to foot",
+              "bowl": "had to drink out of a boot",
+              "basket": "was losing nuts all along the road",
+              "lantern": "did not like the long, dark way home",
+              "kite": "had never once got a present",
+              "whistle": "had never once got a present"}
+FULL_WALKS = {present: (
+    (2, "{luck=safe}The next day {hero.he} carried it to the party, slowly, as if it were made of eggs."),
+    (2, "{luck=safe}The next day it was a long way to the party, but nothing happened to the {object}, nothing at"
+        " all."),
+    (3, "{luck=harm}But the next day, by the {place:corners}, {hero.he} fell over a stone, and when {hero.he} got"
+        " up, the {object} was {harm:harms[object]}."),
+    (3, "{luck=given}The next day, by the {place:corners}, {hero.he} met an old {stranger:strangers} who " + need
+        + ". {hero} looked at the {object} for a long time. Then {hero.he} gave it away."),
+) for present, need in FULL_NEEDS.items()}
+FULL_PARTIES = {"bought": ("{ending=funny}{friend} began to laugh, ran off, and came back with a present for {hero}."
+                           ' It was another {object}, just as {colour}. "I liked it so much," said {friend}, "that I'
+                           ' thought you would too."',),
+                "made": ('{ending=funny}"Oh, a {colour} {lump}!" cried {friend}. "It is a {object}," said {hero}.'
+                         ' They looked at it from all sides. "It can be both," said {friend}, and from then on it'
+                         " was.",),
+                "safe": ("{ending=happy}{told=later}When {friend} opened the paper, the whole room was quiet. After"
+                         " that nobody ever saw {friend} without the {colour} {object}, not even in bed.",
+                         '{ending=sad}But on the table lay a {object} already, bigger and better. "How kind," said'
+                         " {friend}, and put {hero}'s present under a chair. {hero} went home before the cake was"
+                         " cut."),
+                "harm": ('{ending=happy}"We can mend it," said {friend}. They did, with string, and with cake on'
+                         " their noses. One could always see the place, and {friend} liked that place best.",
+                         "{ending=sad}{hero} held it behind {hero.his} back and said that {hero.he} had forgotten"
+                         " the present. Nobody was angry. That was the worst of it.",
+                         '{ending=wise}"It is {harm}," {hero} said in a very small voice. "Because you were running'
+                         ' to me," said {friend}. "That makes it better, not worse."'),
+                "given": ("{ending=happy}{hero} stood there with empty {paws}. Then there was a knock, and in came"
+                          ' the old {stranger} with the {colour} {object} and a bag of nuts for everyone. "It was'
+                          ' too good to be happy with alone," said the {stranger}.',
+                          '{ending=sad}{hero} was too shy to tell the story. "So you forgot my birthday," said'
+                          " {friend}. It was a whole week before they laughed together again.",
+                          '{ending=wise}{hero} told the whole story. "Then two of us got a present from you today,"'
+                          " said {friend}, and gave {hero.him} the best piece of cake.")}
+
+def full_gift(say):
+    "A gift, bought with pennies that must add up or made by hand; what happens on the way decides the rest."
+    facts = say.facts
+    say('"What do you give a friend like that?" {hero} asked. "Something that took you time," said {hero.his}'
+        " {elder}.",
+        "All through breakfast {hero} thought about a present, until the tea was cold.",
+        "{hero} wanted to bring the best present of all.")
+    if say("{hero.He} had saved {savings:savings} pennies, but the {colour:colours} {object:bought} in the shop"
+           " window cost {price:prices[savings]}.",
+           "There was not one penny in the {home}, so {hero.he} would have to make something: a {colour:colours}"
+           " {object:made}. {hero.His} {elder} found {hero.him} some {stuff:stuffs[object]}.") == 0:
+        way = "bought"
+        say.let(missing=facts["price"] - facts["savings"])
+        say("{Missing} were missing. So {hero.he} swept the bakery and got {wage:wages[missing]}.",
+            "{Missing} were missing. So {hero.he} picked stones out of a field and got {wage:wages[missing]}.",
+            "{Missing} were missing. So {hero.he} looked after a very small sheep and got {wage:wages[missing]}.")
+        say.let(rest=facts["missing"] - facts["wage"])
+        say("For the other {rest} {hero.he} carried water until {hero.his} arms were long. Then {hero.he} bought the"
+            " {object}.",
+            "Then {hero.he} washed a very dirty cart, got the other {rest}, and bought the {object}.",
+            "The other {rest} {hero.he} got for singing at the market, or for stopping. And so {hero.he} bought the"
+            " {object}.")
+    else:
+        way = "made"
+        say("The first one fell to pieces. The second one held, though it looked a little like a {lump:lumps}.",
+            "It took {hero.him} all day and half the night. When it was done, it looked a little like a {lump:lumps}.",
+            "Nobody had told {hero.him} how hard it was. By night {hero.he} had something that looked a little like"
+            " a {lump:lumps}.")
+    say(*FULL_WALKS[facts["object"]])
+    say("There was a cake with {age} candles, and everybody was singing.",
+        "Somebody was counting the candles on the cake. There were {age}.",
+        "{friend} stood behind a cake with {age} candles, waiting.")
+    if facts["luck"] == "safe": say(*FULL_PARTIES["safe"], *FULL_PARTIES[way])
+    else: say(*FULL_PARTIES[facts["luck"]])
+
+FULL_ARRIVALS = {"cold": ('{ending=funny}{friend} took a bite. "It tastes of nothing," said {friend} sadly. "That is'
+                          ' your cold," said {hero}, and ate the others, only to make sure.',),
+                 "new": ('{ending=happy}"I do not know anybody here," said {friend}. "You know me," said {hero},'
+                         ' "and I know everybody."',),
+                 "roof": ("{ending=happy}They sat side by side on the new roof, ate, and watched the evening come"
+                          " over the {near}.",)}
+FULL_THANKS = ('{ending=wise}"{Total} set out and {rest} arrived," said {friend}. "Tell me about the other {gone}."'
+               " {hero} told everything, and the story was as good as the {cakes}.",
+               "{ending=happy}{friend} ate them one after the other. In the evening there was a knock at the door."
+               " It was the {mother} with her {brood} {young}, and each of them carried a {thanks:thanks} for"
+               " {friend}.")
+FULL_GREEDY = ('{ending=funny}{friend} looked into the empty {object}. "How kind," said {friend}. "I have always'
+               ' wanted a {colour} {object}."',
+               '{ending=sad}{friend} looked into the empty {object}. "I am not hungry," said {friend}. But {hero}'
+               " had heard {friend}'s stomach, and {hero.he} heard it all the way home.",
+               '{ending=wise}{hero} looked into the empty {object} and turned round. "Show me how to bake,"'
+               " {hero.he} said to {hero.his} {elder}. It was almost night when {friend} got {total} warm {cakes},"
+               " and some of them were even round.")
+
+def full_sharing(say):
+    "Sharing and counting: what is left after each meeting must come out right, and kindness comes back."
+    facts = say.facts
+    say("{cause=cold}They were for {friend:names} the {friend_kind:neighbours}, who lay in bed with a cold.",
+        "{cause=new}They were for {friend:names} the {friend_kind:neighbours}, who was new in the valley.",
+        "{cause=roof}They were for {friend:names} the {friend_kind:neighbours}, who was mending a roof all alone.")
+    full_day(say)
+    say("{hero} put them into a {colour:colours} {object:carriers} and set out.",
+        "they all went into a {colour:colours} {object:carriers}, and {hero} went out of the door.")
+    say("By the gate {hero.he} met a {mother:mothers} with {brood:broods} hungry {young:young[mother]}.",
+        "A {mother:mothers} came along the road with her {brood:broods} {young:young[mother]}. How thin they were!",
+        "Behind the mill sat a {mother:mothers} with {brood:broods} {young:young[mother]}, who had not had breakfast.")
+    say.let(left=facts["total"] - facts["brood"])
+    say("Each of the {young} got one, and that left {left}.",
+        "{hero} gave one to each of the {young}. Now there were {left}.",
+        '"One for each of you," {hero} said to the {young}, and so {hero.he} had {left}.')
+    say("Then a crow came down, took {pair:pairs}, and was gone.",
+        "Then {hero.he} fell over a root, and {pair:pairs} rolled away down the hill.",
+        "Next {hero.he} met an old {stranger:strangers} who had not eaten since yesterday, and gave away"
+        " {pair:pairs} more.")
+    say.let(rest=facts["left"] - facts["pair"], gone=facts["brood"] + facts["pair"])
+    if say((3, "So {rest} were left. {hero} was hungry too, but {hero.he} did not touch them."),
+           (3, "With {rest} {hero.he} came to {friend}, and they were still warm."),
+           (3, "So {rest} were left. {hero} ate one because it was broken. {hero.He} ate one because it was not."
+               " After that {hero.he} stopped counting.")) == 2:
+        say(*FULL_GREEDY)
+    else:
+        say(*FULL_ARRIVALS[facts["cause"]], *FULL_THANKS)
+        say('"All gone?" asked {hero.his} {elder} that night. "All in the right place," said {hero}.',
+            "On the way home the {trait} {kind} sang so loudly that every crow flew off.",
+            "On the way home the empty {object} was so light that {hero} danced.")
+
+FULL_OUTINGS = {"boat": "went out on the lake and counted the ducks. There were {sight:sights}",
+                "cart": "went to the field and brought in pumpkins, all {sight:sights} of them",
+                "sledge": "went to the snowy hill and came down it {sight:sights} times",
+                "lantern": "looked into the old cave and counted the spiders. There were {sight:sights}",
+                "ladder": "climbed into the trees and counted the nests. There were {sight:sights}",
+                "umbrella": "went out into the rain and jumped over {sight:sights} puddles"}
+FULL_LOANS = {loan: (
+    "On a {weather:loan_weathers[object]} {season:loan_seasons[object]} day {hero.he} " + outing + ".",
+    "{hero.He} could hardly wait. The first {weather:loan_weathers[object]} {season:loan_seasons[object]} day"
+    " {hero.he} " + outing + ".",
+    "It was {season:loan_seasons[object]}, and it was {weather:loan_weathers[object]}, and {hero.he} " + outing + ".",
+) for loan, outing in FULL_OUTINGS.items()}
+FULL_SOUVENIRS = {"boat": "ducks", "cart": "pumpkins", "sledge": "rides", "lantern": "spiders", "ladder": "nests",
+                  "umbrella": "puddles"}
+FULL_REASONS = {"boat": ("I must bring the doctor across the lake",
+                         "That night the doctor came in time",
+                         "The doctor had walked all the way round the lake in the dark"),
+                "cart": ("I must bring my eggs to the market",
+                         "Not one egg was broken on the way",
+                         "The market was over, and nobody wanted the eggs now"),
+                "sledge": ("the old goat has no wood left",
+                           "Soon the old goat sat in a warm room",
+                           "The old goat had sat all evening in a cold room"),
+                "lantern": ("my little brother is not home yet",
+                            "They found him under the third tree, counting the stars",
+                            "Little brother had come home alone, through the dark, and would not say a word"),
+                "ladder": ("there is a kitten on my roof",
+                           "Soon the kitten sat by the fire",
+                           "The kitten had jumped from the roof, and now it could not walk"),
+                "umbrella": ("my grandmother is coming, and she has only a straw hat",
+                             "Grandmother came home quite dry",
+                             "Grandmother had come home wet, and had to stay in bed")}
+FULL_RETURNS = {loan: (
+    (3, '{ending=happy}"Just in time!" called {friend} from the gate. "Quick, ' + reason + '." They went together. '
+        + in_time + "."),
+    (2, '{ending=wise}"Just in time," said {friend}, "for ' + reason + ". And tomorrow you may have it again, and"
+        ' the day after. I know now that it comes back."'),
+    (2, '{ending=funny}"Here I am," called {hero}, still running. "What do you need it for?" "For nothing at all,"'
+        ' said {friend}. "I only did not want to be alone." So they sat down together, and {hero} told about the'
+        " {sight} " + FULL_SOUVENIRS[loan] + "."),
+) for (loan, (reason, in_time, _)) in FULL_REASONS.items()}
+FULL_DELAYS = {loan: (
+    (3, "{ending=sad}It was long past {deadline} when {hero} came. " + too_late + '. {friend} said only, "You'
+        ' promised." It was a long time before {hero} could borrow anything again.'),
+    (2, "{ending=wise}It was much too late when {hero} came. " + too_late + '. "I broke my promise," said {hero}.'
+        " For {sight} days {hero.he} carried {friend}'s water, one day for each of the " + FULL_SOUVENIRS[loan] + "."),
+    (2, "{ending=funny}{hero} had thought of a long story with a dragon in it, and {friend} listened to the end."
+        ' "And now the true one," said {friend}. The true one was much shorter.'),
+    (2, '{ending=funny}"A dragon stopped me," said {hero}, long after {deadline}. "How big was it?" asked {friend}.'
+        ' {hero} thought about it. "It was small," {hero.he} said, "and it was me." Then they both had to laugh.'),
+) for (loan, (_, _, too_late)) in FULL_REASONS.items()}
+
+def full_promise(say):
+    "A promise about a borrowed thing, kept or broken; why it mattered comes out only at the end."
+    say('"Take it," said {friend}, "but bring it back before {deadline:deadlines}. I shall need it then." "I'
+        ' promise," said {hero}.',
+        '"May I have it for one day?" asked {hero}. "If you promise to be back before {deadline:deadlines}," said'
+        " {friend}. {hero} promised.",
+        'It took {hero.him} a week to ask. "Yes," said {friend}, "but I must have it back before'
+        ' {deadline:deadlines}." {hero} promised it twice.')
+    say(*FULL_LOANS[say.facts["object"]])
+    say("How fast the time went by!",
+        "Far away the village bell rang, and {hero.he} did not hear it.",
+        "Nobody could have been happier.",
+        "A whole day is not long when one is happy.")
+    if say('{kept=yes}"Once more," said a voice in {hero.his} head. "A promise is a promise," said {hero}, and ran'
+           " all the way.",
+           "{kept=yes}{hero.He} would have loved to stay. But {hero.he} thought of {friend} at the gate, and turned"
+           " round.",
+           "{kept=no}Just once more, {hero.he} thought, and after that once more, and then for the very last time,"
+           " and then for the time after that.",
+           "{kept=no}On the way back {hero.he} sat down under a tree, only for a moment. When {hero.he} woke, it was"
+           " night.") < 2:
+        say(*FULL_RETURNS[say.facts["object"]])
+    else:
+        say(*FULL_DELAYS[say.facts["object"]])
+
+FULL_REPAIRS = {"roof": "put a new roof over {friend}'s bed",
+                "flood": "carried the water out of {friend}'s house again"}
+FULL_MORNINGS = {cause: (
+    (4, "{ending=happy}In the morning the sky was as clean as a plate, and all {total} of them " + repair + "."),
+    (3, "{ending=sad}In the morning the old {tree:trees} tree, which {hero} had climbed every day, lay across the"
+        " path. {hero} sat on it for the last time."),
+    (3, "{ending=funny}Nobody slept much, because somebody snored like a wet dog. They looked at one another until"
+        " they had found out who it was. It was {hero.his} {elder}."),
+    (3, '{ending=wise}"How can {total} sleep in a {home} for two?" asked {friend}. "It has not grown," said'
+        ' {hero.his} {elder}. "We have only moved closer together."'),
+) for cause, repair in FULL_REPAIRS.items()}
+FULL_AFTERMATH = {"happy": ("After that nobody wanted to be the first to go home.",
+                            '"Come again when it storms," {hero} said at the door, and they did.'),
+                  "sad": ("Later {hero.he} planted a small tree in the same place. It would take years, but {hero}"
+                          " could wait.",
+                          '"It kept the wind from us all night," said {friend}. "It was a good tree."'),
+                  "funny": ('{told=enough}"I?" said {hero.his} {elder} at breakfast. "I did not close an eye."',
+                            '{told=enough}"What a noise that storm made," said {hero.his} {elder} in the morning.'),
+                  "wise": ("{hero} thought about that until {hero.he} fell asleep, somewhere in the middle.",
+                           "It was true. There was even some room left.")}
+
+def full_storm(say):
+    "A storm: everybody who knocks is let in, and the count of them must come out right."
+    facts = say.facts
+    say("By evening the {drop:drops[season]} came down so hard that one could not see the {near}.",
+        "In the evening the wind began to cry like an owl, and then came the {drop:drops[season]}.",
+        "First there was only wind. Then there was wind and {drop:drops[season]}, and it did not stop.")
+    light = say('"Somebody may still be out there," said {hero.his} {elder}. So {hero} lit the {colour:colours}'
+                " {object:lights} and set it in the window.",
+                "{hero} and {hero.his} {elder} sat under the {colour:colours} {object:covers}, close to the fire.") == 0
+    say("{cause=roof}There was a knock. It was {friend:names} the {friend_trait:traits} {friend_kind:neighbours}."
+        ' "The wind has taken my roof," said {friend}.',
+        "{cause=flood}Something scratched at the door. It was {friend:names} the {friend_trait:traits}"
+        ' {friend_kind:neighbours}. "There is water in my bed," said {friend}.')
+    say('"Come in, then we are three," said {hero}.',
+        "So there were three.",
+        "{hero} brought a dry blanket and a third cup.")
+    say("Next came a wet {mother:mothers} with {brood:families} {young:young[mother]}.",
+        "They had hardly closed the door when a {mother:mothers} called outside. She had {brood:families}"
+        " {young:young[mother]} with her.",
+        'Then a {mother:mothers} put her head in. "Is there room for {brood:families} {young:young[mother]}?" she'
+        " asked.")
+    say.let(total=4 + facts["brood"])
+    if light:
+        say('"We saw your {colour} light from far away," said the {mother}. That made {total}.',
+            '"Without that {object} we should never have found you," said the {mother}. Now they were {total}.')
+    else:
+        say("The {colour} {object} went round all {total} of them, but only just.",
+            "Now there were {total} under one {colour} {object}, and somebody's foot was always cold.")
+    say("{hero.His} {elder} put more water into the {soup:soups} soup, and it was enough.",
+        "They told stories, one each, and {hero} told the longest.",
+        "They sang every song they knew, and then they sang them all again.")
+    say(*FULL_MORNINGS[facts["cause"]])
+    say(*FULL_AFTERMATH[facts["ending"]])
+
+# %% ../notebooks/01_tales.ipynb #full-plots-2
+FULL_ACCIDENTS = {"boat": "ran onto a stone and stood still",
+                  "cart": "lost a wheel and fell over",
+                  "sledge": "hit a root and flew into the deep snow"}
+FULL_STRETCHES = {vehicle: (
+    "{luck=fair}Side by side they came to the last corner.",
+    "{luck=bad}But then {friend}'s {object} " + accident + ".",
+) for vehicle, accident in FULL_ACCIDENTS.items()}
+FULL_WINNERS = {"boat": "an old duck, out for her evening swim",
+                "cart": "a hen who only wanted to cross the road",
+                "sledge": "an old goose, who had fallen on the ice and came down sitting"}
+FULL_FAIR = {vehicle: (
+    (3, "{ending=happy}{hero} won by the length of a nose. {hero.He} cut the {prize} into {starters} pieces, one for"
+        " each of them."),
+    (2, '{ending=wise}{friend} won by the length of a nose. "Next year I shall be faster," said {hero}. "I hope so,"'
+        ' said {friend}. "It is no fun to race alone."'),
+    (2, "{ending=sad}There {hero} turned round to look at {hero.his} {elder}, and a moment later {hero.he} lay in"
+        " the grass. One after the other the rest went by."),
+    (2, "{ending=funny}But neither of them won. The first to arrive was " + winner + '. "Why is everybody running?"'
+        " she asked, and took the {prize} home."),
+) for vehicle, winner in FULL_WINNERS.items()}
+FULL_UNFAIR = ((2, "{ending=happy}{hero} stopped and went back. They came in last, both in one {object}, and the"
+                   " whole valley cheered. The winner gave them half of the {prize}."),
+               (2, '{ending=wise}{hero} turned back to help. "You could have won," said {friend}. "I know," said'
+                   ' {hero}. "But I would rather race you again next {season}."'),
+               (1, "{ending=funny}Everybody stopped to help, one after the other, all {starters} of them. So nobody"
+                   " won, and they ate the {prize} where they were."),
+               (2, "{ending=sad}{hero} looked straight ahead, went past, and won. But they had all run to help"
+                   " {friend}, and nobody had seen it. {hero} sat alone with a {prize} as big as a wheel."),
+               (1, "{ending=wise}{hero} did not stop. {hero.He} won, and the {prize} tasted of nothing. That evening"
+                   " {hero.he} knocked at {friend}'s door. \"I should have stopped,\" {hero.he} said, and they"
+                   " shared what was left."))
+
+def full_contest(say):
+    "A contest that fits the season; who is still ahead must come out right, and an accident asks a question."
+    facts = say.facts
+    say("{hero} had made a {object} out of boxes and string. It was {colour:colours} all over.",
+        "{hero.His} {elder} had helped {hero.him} to make one. It was {colour:colours}, and only one side was too"
+        " long.",
+        "All year {hero} had worked on one. It was {colour:colours}, and the wind could hardly catch it.")
+    say("On the day of the race it was {weather:skies[season]}.", "The day came, and it was {weather:skies[season]}.")
+    say("{friend:names} the {friend_kind:neighbours} had won {years:years} times already, and liked to say so.",
+        '"I shall be first," said {friend:names} the {friend_kind:neighbours}. "Who will be second?"')
+    say("This time {starters:starters} of them wanted the prize, a {prize:prizes} as big as a wheel.",
+        "There were {starters:starters} at the start, and they all looked at the prize, a {prize:prizes} as big as a"
+        " wheel.",
+        "The prize was a {prize:prizes} as big as a wheel, and {starters:starters} of them wanted it.")
+    say.let(ahead=facts["starters"] - 1)
+    say('"One, two, three, go!" {hero} was slow, and the other {ahead} were in front of {hero.him}.',
+        "The drum said boom. {hero} was still looking at the {prize}, and so {ahead} were off before {hero.him}.",
+        "When the drum said boom, {hero} fell over {hero.his} own feet, and {ahead} were off before {hero.him}.")
+    say("At the first corner {passed:passed} fell over each other, and {hero.he} went past.",
+        "Soon {hero.he} found out how to do it, and left {passed:passed} of them behind.")
+    say.let(ahead=facts["ahead"] - facts["passed"])
+    say.let(caught=facts["ahead"] - 1)
+    say("There were still {ahead} ahead. One after the other {hero.he} caught up with them, until only {friend} was"
+        " left.",
+        "Now {ahead} were ahead. {hero.He} caught {caught} more, and only {friend} was left.",
+        "That left {ahead}. By the old bridge {hero.he} had passed {caught} more. Only {friend} was still in front.")
+    say(*FULL_STRETCHES[facts["object"]])
+    if facts["luck"] == "fair": say(*FULL_FAIR[facts["object"]])
+    else: say(*FULL_UNFAIR)
+
+FULL_TRAPS = ("{helper=mole}By the road {hero.he} heard a thin voice. A mole lay under a fallen tree and could not"
+              " move.",
+              "{helper=wren}Half way there {hero.he} heard a thin voice. It was a wren, hanging in a bush by one"
+              " foot.",
+              "{helper=frog}On the way {hero.he} looked into a dry well. At the bottom sat a very tired frog.",
+              "{helper=vole}In the grass {hero.he} found an empty jar. It was not quite empty: a vole sat in it, too"
+              " fat to get out.")
+FULL_STUCK = {"mole": "lying under a fallen tree", "wren": "hanging in a bush", "frog": "sitting in a dry well",
+              "vole": "sitting in an empty jar"}
+FULL_TROUBLES = {"mole": ("On the way home {hero} fell into a deep, dark hole.",
+                          "It was already late when the path gave way under {hero.his} feet. {hero} fell into a"
+                          " deep, dark hole."),
+                 "wren": ("On the way home the fog came down, thick as wool, and {hero} lost the path.",
+                          "It was already late when the fog came, thick as wool. {hero} could not see the path any"
+                          " more."),
+                 "frog": ("On the way home {hero} came to the stream. It was high, and the bridge was gone.",
+                          "It was already late when {hero.he} came to the stream. The water had taken the bridge"
+                          " away, and {hero} could not swim."),
+                 "vole": ("On the way home {hero} ran into a net, and it closed over {hero.him}.",
+                          "It was already late when something fell over {hero.him}. It was a net, and it would not"
+                          " let go.")}
+FULL_RESCUES = {"mole": "Then the wall beside {hero.him} moved, and out came a pink nose. The mole had dug"
+                        " {hero.him} a way out.",
+                "wren": "Then somebody sang in front of {hero.him}, always one tree ahead. It was the wren, and it"
+                        " sang {hero.him} home.",
+                "frog": 'Then the frog came past. "Step where I jump," it said, and from stone to stone they went'
+                        " across.",
+                "vole": "Then {hero.he} heard teeth at work. It was the vole, and it bit a hole as big as a door."}
+FULL_TREATS = {"honey": "honey cake", "salt": "soup, with salt in it", "tea": "a big pot of tea",
+               "flour": "a big plate of pancakes"}
+FULL_REWARDS = {goods: (
+    (3, "{ending=happy}That evening there was " + treat + ", and the {helper} sat next to {hero} and got the best of"
+        " it."),
+    (2, "{ending=funny}{told=later}The {helper} told the story to everybody. Each time the {helper} was a little"
+        " bigger and the {kind} a little smaller, and in the end {hero} was no bigger than a pea."),
+    (2, '{ending=wise}{told=later}Ever since, {hero} has stopped for everyone who calls, however small. "And how is'
+        ' the {helper}?" people ask. "Bigger than you think," says {hero}.'),
+) for goods, treat in FULL_TREATS.items()}
+FULL_LONELY = {helper: (
+    "{ending=sad}The only one who could have helped was still " + stuck + ". {hero} waited there until morning, and"
+    " the night was long.",
+    '{ending=wise}"So this is how it feels," thought {hero}. When {hero.his} {elder} found {hero.him} in the'
+    ' morning, {hero.he} ran straight back to the {helper}. "I come a day late," {hero.he} said, and set it free.',
+) for helper, stuck in FULL_STUCK.items()}
+
+def full_helper(say):
+    "A helper: who is freed in the morning comes back in the evening, and who was left is missing then."
+    facts = say.facts
+    full_mild_day(say)
+    say("{hero.he} set out.", "{hero.he} went off, singing.", "{hero.he} walked along and thought of nothing.")
+    say(*FULL_TRAPS)
+    helped = say((3, '{luck=helped}{hero} put down the {object} and worked until the {helper} was free. "I shall not'
+                     ' forget it," said the {helper}. {hero} smiled. What could somebody so small ever do for a'
+                     " {kind}?"),
+                 (3, '{luck=helped}It took {hero.him} a long time, but {hero.he} got the {helper} out. "One day I'
+                     ' shall help you," said the {helper}. "Of course you will," said {hero}, and tried not to'
+                     " laugh."),
+                 (3, '{luck=hurried}"I cannot stop," said {hero}. "Somebody else will come." And {hero.he} went on'
+                     " without looking back.")) < 2
+    say("The market was full, but {friend:names} the {friend_kind:neighbours} still had some {goods}, and {hero} got"
+        " the last of it.",
+        "At the market {friend:names} the {friend_kind:neighbours} was throwing {eggs:eggs} eggs into the air, and"
+        " {hero} nearly forgot the {goods}.",
+        "At the market {friend:names} the {friend_kind:neighbours} sold {hero.him} the {goods}, with {eggs:eggs}"
+        " long stories for nothing.")
+    say(*FULL_TROUBLES[facts["helper"]])
+    say("{hero.He} called, but only an owl answered.",
+        "{hero.He} called until {hero.he} had no voice left.",
+        "{hero.He} sat down and tried to be brave. It did not work.")
+    if helped:
+        say(FULL_RESCUES[facts["helper"]])
+        say(*FULL_REWARDS[facts["goods"]])
+    else:
+        say(*FULL_LONELY[facts["helper"]])
+
+FULL_GROWN = {"water": "It drank and drank, and it grew into a pumpkin so big that {hero} and {friend} could both"
+                       " sit in it.",
+              "song": "It grew into a sunflower, taller than {hero.his} {elder}, and whenever {hero} sang it turned"
+                      " its head.",
+              "story": "It was a bean. It climbed up the wall and in at the window, to hear how the story went on."}
+FULL_HARVESTS = {care: (
+    (3, "{ending=happy}{told=later}" + plant),
+    (2, '{ending=funny}"It is a turnip," said {hero} after all those weeks. "I never said that it was a rose," said'
+        " {friend}. They made a big soup of it."),
+    (2, "{ending=wise}{told=later}In autumn it gave {hero} a seed of its own, and {hero.he} gave it to a small wren."
+        ' "What will it be?" asked the wren. "Wait and see," said {hero}.'),
+) for care, plant in FULL_GROWN.items()}
+FULL_DRY = ("{ending=sad}When {hero.he} thought of it again, the {sum} leaves were brown and thin as paper. {hero}"
+            " ran for water, but it was too late. The {colour} {object} stood empty all summer.",
+            '{ending=wise}{told=later}When {hero.he} thought of it again, there was nothing left but dry leaves. "I'
+            ' kept a second seed," said {friend}. "Everybody forgets once." {hero.He} never did it twice.')
+FULL_BUTTON = ('{ending=funny}"So that is where it went," said {friend}, and looked down at a coat that would not'
+               " close.",
+               '{ending=wise}{friend} turned quite red. "I thought it was a seed too," said {friend}. They kept it'
+               " all the same, because they had waited for it together.")
+
+def full_seed(say):
+    "A seed and patience: what is done for it every day decides what it becomes."
+    facts = say.facts
+    say('"Put it into the earth and be patient," said {friend}. {hero} had much earth and little patience.',
+        '"What will it be?" asked {hero}. "Wait and see," said {friend}, and that was just what {hero} could not do.',
+        '"Is it a tree?" asked {hero}. "That," said {friend}, "is what the seed is thinking about."')
+    say("{hero.He} planted it in a {colour:colours} {object:pots} and set it in the sun.",
+        "{hero.His} {elder} gave {hero.him} a {colour:colours} {object:pots}, and {hero} put the seed in as if it"
+        " were an egg.",
+        "The best place {hero.he} could find for it was a {colour:colours} {object:pots} beside the door.")
+    say("On the first day nothing happened. On the second day nothing happened again.",
+        "For a long time one could see nothing but earth.",
+        "{hero} looked at the earth, and the earth looked at {hero}.")
+    say("{care=water}Every morning {hero.he} gave it a cup of water.",
+        "{care=song}Every morning {hero.he} sang to it, always the same song.",
+        "{care=story}Every evening {hero.he} told it a bit of a story, and always stopped at the best place.")
+    if say((5, "After {days:days} days something green looked out."),
+           (1, "After {days:days} days {hero.he} dug it up to see what was wrong. It was round, and it had four"
+               " holes. It was a button.")):
+        say(*FULL_BUTTON)
+        return
+    say("Soon it had {leaves:leaves} leaves, and a week later {more:leaves} more.",
+        "First there were {leaves:leaves} leaves, and then, all at once, {more:leaves} new ones.")
+    say.let(sum=facts["leaves"] + facts["more"])
+    say("{luck=fine}With {sum} leaves it began to look like something.",
+        "{luck=fine}{Sum} leaves! {hero} counted them every day, to be sure.",
+        "{luck=snail}One night a snail ate {bites:bites} of the {sum}.",
+        "{luck=dry}Then came hot days. {hero} went swimming from morning to night.")
+    if facts["luck"] == "dry":
+        say(*FULL_DRY)
+        return
+    if facts["luck"] == "snail":
+        say.let(left=facts["sum"] - facts["bites"])
+        say("The other {left} stood there and did not know what to think.",
+            '"Leave me the last {left}," {hero} said to the snail, and it did.')
+    say(*FULL_HARVESTS[facts["care"]])
+
+FULL_SOURCES = {"knocking": ('{ending=wise}It was the old {tree:trees} tree, knocking with one arm. "So that is how'
+                             ' a {ghost} looks from near by," said {hero}.',
+                             '{ending=funny}It was the old {tree:trees} tree, knocking with one arm. "Good evening,"'
+                             " said {friend}, and the tree nodded."),
+                "scratching": ("{ending=happy}Outside sat a kitten, no bigger than a bun. It walked straight in, lay"
+                               " down on {hero}'s bed, and stayed.",
+                               "{ending=sad}Outside sat a kitten with wet feet. All night it slept in {hero}'s bed."
+                               " But in the morning somebody went along the lane and called for a lost kitten, and"
+                               " {hero} had to carry it out."),
+                "walking": ("{ending=funny}On the table stood a toad with a spoon in each hand and a pot on its"
+                            ' head. "Close the door," said the toad. "I am making soup."',
+                            '{ending=sad}It was {hero.his} {elder}, walking round and round the table. "I cannot'
+                            ' sleep," said {hero.his} {elder}. "I miss somebody." {hero} took hold of {elder.his}'
+                            " hand and said nothing.",
+                            "{ending=happy}It was {hero.his} {elder}, making a cake. Tomorrow was {hero}'s birthday,"
+                            " and {hero.he} had quite forgotten it."),
+                "groaning": ("{ending=funny}It was {hero.his} {elder}, who had fallen asleep where it was warm, and"
+                             ' snored like a wet dog. "I was not asleep," said {hero.his} {elder}, waking up.',
+                             '{ending=wise}It was only the old oven, growing cold. "It groans in the day too," said'
+                             ' {friend}. "We never listen."')}
+FULL_NIGHTS = {"happy": ('"And where are the {heads} heads?" asked {hero}. "It was dark," said {friend}.',
+                         "Then they went back to bed and laughed until morning."),
+               "sad": ("Nobody thought of the {ghost} any more.",
+                       "After that it was very quiet, and {friend} held on to {hero} until it was light."),
+               "funny": ('"And where are the {heads} heads?" asked {hero}. "It was dark," said {friend}.',
+                         "They made the {steps} steps back to bed in one jump."),
+               "wise": ("{told=later}Since then {hero} looks first and is afraid afterwards, and mostly {hero.he}"
+                        " forgets the second part.",
+                        "After that they slept until the sun was high.")}
+
+FULL_NOISES = ("{noise=scratching}{place=door}Something was scratching at the door.",
+               "{noise=walking}{place=kitchen}Somebody was walking about in the kitchen.",
+               "{noise=groaning}{place=oven}Something was groaning behind the oven.")
+FULL_WINDY_NOISES = FULL_NOISES + ("{noise=knocking}{place=window}Something was knocking at the window.",)
+
+def full_noise(say):
+    "A noise in the night: the sound, the place and what made it belong together."
+    facts = say.facts
+    say(*(FULL_WINDY_NOISES if facts["weather"] == "windy" else FULL_NOISES))
+    say('{friend:names} the {friend_trait:traits} {friend_kind:neighbours}, who had come to stay, was awake too. "A'
+        ' {ghost:ghosts}," said {friend}, "with {heads:heads} heads!"',
+        '"Did you hear that?" asked {friend:names} the {friend_trait:traits} {friend_kind:neighbours}, who had come'
+        ' to stay. "It must be a {ghost:ghosts}. They have {heads:heads} heads."',
+        '"Are you awake?" asked {friend:names} the {friend_trait:traits} {friend_kind:neighbours}, who had come to'
+        ' stay. "I dreamed of a {ghost:ghosts} with {heads:heads} heads, and now it is here."')
+    say("{hero} took a {colour:colours} {object:guards} in both {paws}, and {friend} took hold of {hero}.",
+        '"We must go and look," said {hero}. "You go," said {friend}, and gave {hero.him} a {colour:colours}'
+        " {object:guards} to take along.",
+        "There was nothing near by but a {colour:colours} {object:guards}. {hero} took it all the same.")
+    say("It was {steps:steps} steps to the {place}, and they counted every one.",
+        "They needed {steps:steps} steps to the {place}, and a rest after each.",
+        "{friend} counted the steps to the {place}. There were {steps:steps}.")
+    say("{hero} shut both eyes, and opened one of them again.",
+        '"Who is there?" called {hero}, but nobody could have heard it.',
+        "{hero} counted to three, and then, to be sure, to four.")
+    say(*FULL_SOURCES[facts["noise"]])
+    say(*FULL_NIGHTS[facts["ending"]])
+
+FULL_FAULTS = {"clock": "was so loud that nobody could sleep",
+               "hen": "began to sing at four in the morning",
+               "cheese": "smelled like an old boot",
+               "pillow": "was as hard as a stone",
+               "kettle": "had a hole in it, and everybody got wet feet",
+               "chair": "stood on three legs, and never for long"}
+FULL_FIRST_FAULTS = {ware: (
+    "But the {ware} " + fault + ".",
+    "At home {hero.he} found out that the {ware} " + fault + ".",
+) for ware, fault in FULL_FAULTS.items()}
+FULL_SECOND_FAULTS = {ware: (
+    "But the {other} " + fault + ".",
+    "It would have been a good swap, only the {other} " + fault + ".",
+) for ware, fault in FULL_FAULTS.items()}
+FULL_JOYS = dict.fromkeys(["kite", "drum", "ball", "bell"], "playing with") | dict.fromkeys(["hat", "scarf"], "wearing")
+FULL_SIGHTINGS = {treasure: (
+    "{hero} came past {friend}'s gate. There was {friend}, " + joy + " the {colour} {object}.",
+    "{hero.he} saw {friend} " + joy + " the {colour} {object} at the gate.",
+) for treasure, joy in FULL_JOYS.items()}
+FULL_USES = {"clock": "I always get up too late",
+             "hen": "I always get up too late",
+             "cheese": "I have been hungry all week",
+             "pillow": "I have been sleeping on the floor",
+             "kettle": "I need something with a hole in it",
+             "chair": "I can make a fourth leg"}
+FULL_BARGAINS = {ware: (
+    (3, '{ending=happy}"Would you swap again?" {hero} asked. {friend} looked at the {other}. "Oh yes," said'
+        ' {friend}. "' + use + '." And {hero} ran home with the {colour} {object} before anybody could think about'
+        " it again."),
+    (2, '{ending=funny}"I will give it back for a {ware}," said {friend}, "but never for a {other}." So {hero} ran'
+        " to the old {stranger} and swapped the {other} for the {ware}, and ran back and swapped the {ware} for the"
+        " {object}. By evening {hero.he} was where {hero.he} had begun, only much more tired."),
+    (2, '{ending=sad}"Would you swap again?" {hero} asked. "Never," said {friend}, "I love it far too much." {hero}'
+        " walked home with the {other}, and the way had never been so long."),
+    (2, "{ending=wise}{hero} wanted to ask for it back. Then {hero.he} saw {friend}'s face, and let it be. At home"
+        " {hero.he} looked at the {other} for a long time. It was really quite a good {other}, if one was kind to"
+        " it."),
+) for ware, use in FULL_USES.items()}
+
+def full_swap(say):
+    "A chain of swaps: each thing has its own fault, and the first one looks best from far away."
+    facts = say.facts
+    say("So {hero.he} went to {friend:names} the {friend_kind:neighbours} and swapped it for a {ware:wares}.",
+        'Along came {friend:names} the {friend_kind:neighbours} with a {ware:wares}. "Shall we swap?" asked {hero},'
+        " and they did.")
+    say(*FULL_FIRST_FAULTS[facts["ware"]])
+    say("The next day {hero.he} met an old {stranger:strangers}, who took the {ware} and gave {hero.him} a"
+        " {other:wares} for it.",
+        'An old {stranger:strangers} was looking for a {ware} just like that. "I can give you a {other:wares}," said'
+        " the {stranger}.")
+    say(*FULL_SECOND_FAULTS[facts["other"]])
+    full_day(say)
+    say(*FULL_SIGHTINGS[facts["object"]])
+    say("It had never looked so good.",
+        "How had {hero.he} ever grown tired of that {object}?",
+        "Nobody had ever looked so happy.")
+    say(*FULL_BARGAINS[facts["other"]])
+
+# %% ../notebooks/01_tales.ipynb #full-story
+FULL_HOOKS = ("{plot=loss}{hero.His} best thing in the world was a {colour:colours} {object:toys}.",
+              "{plot=loss}Of all {hero.his} things {hero.he} loved one best, a {colour:colours} {object:toys}.",
+              "{plot=loss}{hero.He} had a {colour:colours} {object:toys}, and where {hero} went, it went too.",
+              "{plot=gift}{hero.His} best friend was {friend:names} the {friend_kind:neighbours}, who would be"
+              " {age:ages} years old tomorrow.",
+              "{plot=gift}There was to be a party: {friend:names} the {friend_kind:neighbours}, {hero.his} best"
+              " friend, would be {age:ages} years old tomorrow.",
+              "{plot=gift}Tomorrow {friend:names} the {friend_kind:neighbours}, {hero.his} best friend, would be"
+              " {age:ages} years old.",
+              "{plot=sharing}The whole {home} smelled of baking, for {hero.his} {elder} had made {total:totals}"
+              " {cakes:cakes}.",
+              '{plot=sharing}"There are {total:totals} {cakes:cakes}," said {hero.his} {elder}, "and not one of them'
+              ' is for you."',
+              "{plot=sharing}{hero.His} {elder} had baked {total:totals} {cakes:cakes}.",
+              "{plot=promise}Next door lived {friend:names}, a {friend_trait:traits} {friend_kind:neighbours}, who"
+              " owned a {colour:colours} {object:loans}.",
+              "{plot=promise}What {hero} wanted most of all was to borrow a {colour:colours} {object:loans}. It"
+              " belonged to {friend:names}, a {friend_trait:traits} {friend_kind:neighbours}.",
+              "{plot=promise}There was a {colour:colours} {object:loans} in the house of {friend:names}, a"
+              " {friend_trait:traits} {friend_kind:neighbours}, and {hero} thought of it day and night.",
+              "{plot=storm}All that {season:any_season} day it had been as dark as evening.",
+              "{plot=storm}One {season:any_season} there was a storm that people still talk about.",
+              "{plot=storm}This happened in the {season:any_season} of the great storm.",
+              "{plot=contest}Every {season:any_season} there was a great {object:vehicles[season]} race, and the"
+              " whole valley came.",
+              "{plot=contest}It was {season:any_season}, and everybody talked about the {object:vehicles[season]}"
+              " race.",
+              "{plot=contest}The great day of that {season:any_season} was the day of the {object:vehicles[season]}"
+              " race.",
+              '{plot=helper}"Take the {colour:colours} {object:sacks}," said {hero.his} {elder}, "and bring'
+              ' {goods:goods} from the market."',
+              "{plot=helper}{hero} was to bring {goods:goods} from the market, in a {colour:colours} {object:sacks}.",
+              '{plot=helper}"We have no {goods:goods} left," said {hero.his} {elder}, and gave {hero.him} a'
+              " {colour:colours} {object:sacks} for the market.",
+              "{plot=seed}{season=spring}One {weather:skies[season]} spring morning {friend:names} the"
+              " {friend_trait:traits} {friend_kind:neighbours} gave {hero.him} a seed.",
+              "{plot=seed}{season=spring}It all began on a {weather:skies[season]} day in spring, with a seed that"
+              " {hero} got from {friend:names} the {friend_trait:traits} {friend_kind:neighbours}.",
+              '{plot=seed}{season=spring}"Hold out your {paws}," said {friend:names} the {friend_trait:traits}'
+              " {friend_kind:neighbours} one {weather:skies[season]} morning in spring, and laid a seed in them.",
+              "{plot=noise}In the middle of a {weather:nights} {season:night_seasons[weather]} night {hero} sat up"
+              " in bed.",
+              "{plot=noise}It was a {weather:nights} {season:night_seasons[weather]} night, and {hero} could not"
+              " sleep.",
+              "{plot=noise}One {weather:nights} {season:night_seasons[weather]} night {hero} woke up and did not"
+              " know why.",
+              "{plot=swap}For {hero.his} birthday {hero} had got a {colour:colours} {object:treasures}, and after a"
+              " week {hero.he} was tired of it.",
+              "{plot=swap}Once {hero.he} had a {colour:colours} {object:treasures}, and thought that everybody else"
+              " had something better.",
+              "{plot=swap}{hero} owned a {colour:colours} {object:treasures}, but every day {hero.he} wished for"
+              " something else.")
+FULL_PLOTS = {"loss": full_loss, "gift": full_gift, "sharing": full_sharing, "promise": full_promise,
+              "storm": full_storm, "contest": full_contest, "helper": full_helper, "seed": full_seed,
+              "noise": full_noise, "swap": full_swap}
+
+def full_story(say):
+    "The root: somebody is met, something begins, and that decides the plot."
+    full_meet(say)
+    say(*FULL_HOOKS)
+    FULL_PLOTS[say.facts["plot"]](say)
+    full_farewell(say)
+
+FULL_SKILLS = {"hero": "hero", "friend": "friend", "kind": "kind", "friend_kind": "kind", "home": "kind",
+               "paws": "kind", "young": "kind", "elder": "elder", "trait": "trait", "object": "object",
+               "colour": "colour", "place": "place", "season": "season", "weather": "season", "helper": "helper",
+               "ware": "swap", "other": "swap", "snack": "cause", "harm": "cause", "food": "opening",
+               "job": "opening", "pet": "opening", "verdict": "ending"}
+WORLDS["full"] = World("full", "1", full_story, FULL_TABLES, FULL_PRONOUNS, FULL_SKILLS)
