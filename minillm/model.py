@@ -129,6 +129,7 @@ def check_config(c: ModelConfig) -> None:
         if int in (hint, *get_args(hint)) and value is not None and (type(value) is not int or value < smallest):
             raise ValueError(f"{name} must be a whole number, at least {smallest}; got {value!r}")
         if hint is bool and type(value) is not bool: raise ValueError(f"{name} must be True or False; got {value!r}")
+        if hint is float and type(value) not in (int, float): raise ValueError(f"{name} must be a number; got {value!r}")
     check_together(c)
 
 # %% ../notebooks/08_model.ipynb #check-together
@@ -148,6 +149,8 @@ def check_together(c: ModelConfig) -> None:
          f"position = 'rope' turns pairs of numbers, and head_dim = {head_dim} is odd; change it, d_model or n_heads"),
         (c.position == "sinusoidal" and c.d_model % 2,
          f"position = 'sinusoidal' needs a sine and a cosine for each wavelength, and d_model = {c.d_model} is odd"),
+        (not isinstance(c.rope_scaling, dict | None),
+         f"rope_scaling must be a dict with a \"kind\", or None; got {c.rope_scaling!r}"),
         (c.rope_scaling is not None and c.position != "rope",
          f"rope_scaling is given and position = {c.position!r}; take rope_scaling = None or position = 'rope'"),
         (c.window is None and (c.global_every or c.sinks),
@@ -347,7 +350,7 @@ def continue_ids(model: MiniLLM, ids: Tensor, max_new_tokens: int, choose: Calla
         new = choose(model(new, cache)[:, -1])  # (B, 1)
         if eos_id is not None: new, ended = new.masked_fill(ended, eos_id), ended | (new == eos_id)
         ids = torch.cat([ids, new], dim=1)
-        if bool(ended.all()): break
+        if eos_id is not None and bool(ended.all()): break
     return ids
 
 # %% ../notebooks/08_model.ipynb #listen

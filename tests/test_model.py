@@ -118,6 +118,8 @@ def test_an_unknown_preset_names_the_nearest():
     (dict(d_model="32"), ["d_model must be a whole number, at least 1; got '32'"]),
     (dict(d_model=32.0), ["d_model must be a whole number, at least 1; got 32.0"]),
     (dict(qk_norm=1), ["qk_norm must be True or False; got 1"]),
+    (dict(norm_eps="1e-5"), ["norm_eps must be a number; got '1e-5'"]),
+    (dict(rope_scaling="llama3"), ["rope_scaling must be a dict", "'llama3'"]),
     (dict(position="rotary"), ["'rotary' is no position", "rope"]),
     (dict(norm="rms"), ["'rms' is no norm", "'rmsnorm'"]),
     (dict(activation="swigl"), ["the nearest is 'swiglu'"]),
