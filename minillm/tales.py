@@ -505,8 +505,8 @@ def short_thanks(say) -> None:
     say.let(left=say.facts["all"] - say.facts["given"])
     say("That left {left} for {hero}.", "Now the basket held {left}.")
     if say("They sat down, and each of them ate one.", "They walked on together.") == 0:
-        say.let(left=say.facts["left"] - 1, given=say.facts["given"] - 1)
-        say("Then {hero} had {left} and {friend} had {given}.")
+        say.let(left=say.facts["left"] - 1, friend_left=say.facts["given"] - 1)
+        say("Then {hero} had {left} and {friend} had {friend_left}.")
     say('{ending=happy}{lesson=share}"You are kind," said the {friend_kind}. "Please take my {colour} {object}."',
         "{ending=happy}{lesson=share}To say thank you, {friend} gave {hero} the {colour} {object}.",
         '{ending=proud}{lesson=give}"You are a good friend," said {friend}.')
@@ -565,7 +565,7 @@ SHORT_LESSONS = {
     "promise": ("A promise is a promise.", "From then on {hero.he} kept every promise."),
     "honest": ("It is better to tell the truth.", "A good friend tells the truth."),
 }
-SHORT_SKILLS = {"hero": "hero", "friend": "hero", "kind": "kind", "friend_kind": "kind", "object": "object",
+SHORT_SKILLS = {"hero": "hero", "friend": "friend", "kind": "kind", "friend_kind": "kind", "object": "object",
                 "fruit": "object", "colour": "colour", "place": "place", "home": "place", "time": "time",
                 "cause": "cause", "spot": "cause", "damage": "cause", "mend": "cause", "feeling": "ending"}
 WORLDS["short"] = World("short", "1", short_story, SHORT_TABLES, SHORT_PRONOUNS, SHORT_SKILLS)
@@ -635,7 +635,7 @@ class TaleWorld:
     def tell(self, **wanted: str | int) -> Tale:
         "A tale drawn at random; `wanted` facts are granted, all else keeps its weights. ValueError if none can be."
         if wanted: check_wish(self.world, wanted)
-        for _ in range(2000 if wanted else 1):
+        for _ in range(10_000 if wanted else 1):
             if tale := tell_once(self.world, self.random.random, wanted): return tale
         raise ValueError(impossible(self.world, wanted))
 
@@ -719,7 +719,7 @@ def bet_cost(bet: dict[str, float], word: str, vocabulary_size: int) -> float:
     if kept < -1e-9 or min(bet.values(), default=0) < 0:
         raise ValueError(f"shares must be >= 0 and sum to at most 1; these sum to {1 - kept:.3f}: {bet}")
     share = bet[word] if word in bet else max(kept, 0.0) / (vocabulary_size - len(bet))
-    return -math.log(share) if share > 0 else math.inf
+    return 0.0 - math.log(share) if share > 0 else math.inf
 
 # %% ../notebooks/01_tales.ipynb #survey
 @dataclass
@@ -777,8 +777,8 @@ def impossible(world: World, wanted: dict) -> str:
         others = {other: value for other, value in wanted.items() if other != fact}
         tried = [tell_once(world, source, others) for _ in range(1000)]
         seen = sorted({tale.facts[fact] for tale in tried if tale and fact in tale.facts}, key=str)
-        given = "with " + ", ".join(f"{other}={value!r}" for other, value in others.items())
-        lines.append(f"{given}, {fact} may be one of {seen}" if seen else f"{given}, no tale has {fact}")
+        given = "with " + ", ".join(f"{other}={value!r}" for other, value in others.items()) + ", " if others else ""
+        lines.append(f"{given}{fact} may be one of {seen}" if seen else f"{given}no tale has {fact}")
     together = " and ".join(f"{fact}={value!r}" for fact, value in wanted.items())
     return f"no tale has {together}; {'; '.join(lines)}"
 

@@ -301,6 +301,13 @@ def test_every_value_of_the_wanted_facts_is_granted(name, fact):
 
 
 @every_world
+def test_whatever_wishes_lists_is_granted(name):
+    tales = TaleWorld(name, seed=14)
+    for fact, values in tales.wishes().items():
+        for value in values: assert tales.tell(**{fact: value}).facts[fact] == value
+
+
+@every_world
 def test_several_wishes_at_once(name):
     tales = TaleWorld(name, seed=10)
     for tale in told(name, 100):
@@ -459,6 +466,12 @@ def test_next_word_is_the_reader_of_last_resort_for_any_prefix():
     reader = NextWord(TINY, [])
     with pytest.raises(module.Ended): TINY.story(reader)
     assert reader.next == {"Mia": 0.5, "Tom": 0.25, "Zoe": 0.25}
+
+
+def test_the_lesson_documents_the_facts_of_the_short_world_and_every_skill():
+    lesson = (Path(__file__).parent.parent / "notebooks" / "01_tales.ipynb").read_text(encoding="utf-8")
+    needed = {*TaleWorld("short").wishes(), *(skill for name in NAMES for skill in TaleWorld(name).skills)}
+    assert {name for name in needed if f"`{name}`" not in lesson} == set()
 
 
 # ---- you against the model ----
