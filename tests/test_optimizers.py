@@ -162,7 +162,7 @@ def test_every_trainable_parameter_stands_in_one_group(name, tied):
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     optimizer = make_optimizer(Tiny(tied=False), "muon", learning_rate=0.01)
-    assert isinstance(optimizer.muon, torch.optim.Muon) and optimizer.muon.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
+    assert type(optimizer.muon) is Muon and type(optimizer.adamw) is torch.optim.AdamW
     assert [g["param_names"] for g in optimizer.muon.param_groups] == [["blocks.0.weight", "blocks.2.weight"]]
     assert "head.weight" in optimizer.adamw.param_groups[0]["param_names"]
     assert {g["lr"] for g in optimizer.param_groups} == {0.01}
@@ -184,6 +184,19 @@ def test_bad_settings_are_named(change, words):
 def test_nothing_to_train_and_nothing_for_muon_are_errors():
     with pytest.raises(ValueError, match="nothing to train"): make_optimizer(Tiny().requires_grad_(False))
     with pytest.raises(ValueError, match="choose adamw"): make_optimizer(nn.Linear(3, 3), "muon")
+
+
+def test_muon_goes_from_pytorchs_to_ours_and_back():
+    # A run begun on a GPU, with PyTorch's, goes on on a CPU, with ours: one state.
+    model = Tiny()
+    ours, matrices = make_optimizer(model, "muon"), parameter_groups(model, 0.1, matrices_of="blocks.")[0]
+    theirs = MuonAdamW(torch.optim.Muon([matrices], 1e-3, adjust_lr_fn="match_rms_adamw"), make_optimizer(model, "muon").adamw)
+    train(model, theirs, 2)
+    restore_optimizer(ours, copy.deepcopy(theirs.state_dict()))
+    restore_optimizer(theirs, copy.deepcopy(ours.state_dict()))
+    weight = model.blocks[0].weight
+    assert ours.muon.state[weight]["momentum_buffer"].equal(theirs.muon.state[weight]["momentum_buffer"])
+    train(model, ours, 1, start=2); train(model, theirs, 1, start=3)
 
 
 # --- the loop, the scaler and checkpoints treat all alike ---
