@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoints import RunFolder, choose_device, random_state, read_json, restore_random_state, write_json
-from .data import Batches, TokenFile, prepare, tokenize_once
+from .data import Batches, Corpus, TokenFile, prepare, tokenize_once
 from .model import ModelConfig, check_choice, cross_entropy
 from .optimizers import clip_gradients, make_optimizer, schedule
 
@@ -288,15 +288,14 @@ def as_batches(data, model: nn.Module, config: TrainConfig, tokenizer=None) -> B
 
 def as_token_files(data, tokenizer, config: TrainConfig) -> tuple[TokenFile, ...] | None:
     "The token files that `data` is, or that the tokenizer makes of it; None where it is no text."
-    parts, named = data if isinstance(data, tuple) else (data,), isinstance(data, (str, Path, Mapping))
-    texts = isinstance(data, (list, tuple)) and len(data) > 0 and isinstance(data[0], str)
-    corpora, ready = hasattr(parts[0], "split") and not named and not texts, isinstance(parts[0], TokenFile)
-    if not (named or texts or corpora or ready): return None
+    named, texts = isinstance(data, (str, Path, Mapping)), isinstance(data, list) and bool(data) and isinstance(data[0], str)
+    parts = data if isinstance(data, tuple) and data else (data,)
+    if not (named or texts or isinstance(parts[0], (Corpus, TokenFile))): return None
     if tokenizer is None: raise ValueError("text and token files need their tokenizer: train(..., tokenizer=...)")
-    if ready: return parts
+    if isinstance(parts[0], TokenFile): return parts
     folder = Path(config.out_dir or os.environ.get("MINILLM_CACHE", "~/.cache/minillm")).expanduser() / "data"
     if named: return prepare(data, tokenizer, folder, progress=config.progress)
-    return tuple(tokenize_once(part, tokenizer, folder, config.progress) for part in ([data] if texts else parts))
+    return tuple(tokenize_once(part, tokenizer, folder, config.progress) for part in parts)
 
 # %% ../notebooks/11_training.ipynb #history
 @dataclass
@@ -341,9 +340,9 @@ def plot_losses(histories: Mapping[str, History], *, lines: Mapping[str, float] 
 
     Dashed: the floor where it is known, and `lines` of meaning, such as {"ln V": 6.2}.
     """
-    if axes is None:
-        import matplotlib.pyplot as plt  # here: who trains without pictures need not wait for it
-        axes = plt.figure(figsize=(6, 3.2), layout="constrained").gca()
+    import matplotlib.pyplot as plt  # here: who trains without pictures need not wait for it
+    from matplotlib.ticker import LogLocator, NullLocator
+    if axes is None: axes = plt.figure(figsize=(6, 3.2), layout="constrained").gca()
     levels = dict(lines or {})
     for number, (name, history) in enumerate(histories.items()):
         color, label = f"C{number % 10}", f"{name} " if name else ""
@@ -354,8 +353,11 @@ def plot_losses(histories: Mapping[str, History], *, lines: Mapping[str, float] 
         if floor := history.series("floor_loss")[1]: levels["floor"] = floor[-1]
     for name, height in levels.items():
         axes.axhline(height, color="0.4", lw=0.8, ls="--")
-        axes.annotate(name, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+        axes.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")         # else nobody sees the last steps to the floor
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(fontsize=8, frameon=False)
     return axes
 
@@ -374,9 +376,9 @@ def explain_memory(config: TrainConfig) -> Iterator[None]:
     "Turns memory running out, on a GPU or a CPU, into a TrainingError that names the three settings to change."
     try: yield
     except (RuntimeError, MemoryError) as error:
-        # a GPU's allocator has a class of its own, the CPU's has only a sentence
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-        if not full: raise
+        # PyTorch has a class for a full GPU, but for a full CPU and for Apple's mps only a sentence
+        said = any(words in str(error) for words in ("DefaultCPUAllocator", "out of memory"))
+        if not (said or isinstance(error, (torch.OutOfMemoryError, MemoryError))): raise
         raise TrainingError(
             f"out of memory: lower batch_size (now {config.batch_size}; half of it, with accumulate="
             f"{2 * config.accumulate}, is the same update), lower sequence_length (now "
@@ -489,9 +491,9 @@ def open_folder(run: Run, tokenizer) -> dict:
 def start_run(model: nn.Module, data, config: TrainConfig, tokenizer, loss: Callable, timed: bool):
     "All that comes before the first step: device, data, folder, precision. Returns a Run, its batches and a Plan."
     device = choose_device(config.device)
-    if config.gradient_checkpointing and not hasattr(model, "gradient_checkpointing"):
+    if hasattr(model, "gradient_checkpointing"): model.gradient_checkpointing = config.gradient_checkpointing
+    elif config.gradient_checkpointing:
         raise ValueError("gradient_checkpointing=True needs a model with such a switch, as MiniLLM has")
-    model.gradient_checkpointing = config.gradient_checkpointing
     model.to(device).train()
     torch.manual_seed(config.seed)
     batches = as_batches(data, model, config, tokenizer)

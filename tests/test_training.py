@@ -21,9 +21,27 @@ from minillm.model import MiniLLM, ModelConfig, cross_entropy
 from minillm.optimizers import OPTIMIZERS, SCHEDULES
 from minillm.tales import TaleWorld
 from minillm.tokenizer import BPETokenizer
-from minillm.training import (DTYPES, Evaluation, History, LossScaler, Stream, TrainConfig, TrainingError, add_gradients,
-                              choose_precision, divide_gradients, evaluate, load_recipe, make_recipe, matmul_peak,
-                              plot_losses, precision_block, running_mean, seconds_a_step, train)
+from minillm.training import (
+    DTYPES,
+    Evaluation,
+    History,
+    LossScaler,
+    Stream,
+    TrainConfig,
+    TrainingError,
+    add_gradients,
+    choose_precision,
+    divide_gradients,
+    evaluate,
+    load_recipe,
+    make_recipe,
+    matmul_peak,
+    plot_losses,
+    precision_block,
+    running_mean,
+    seconds_a_step,
+    train,
+)
 
 CPU = torch.device("cpu")
 
@@ -150,7 +168,7 @@ def test_tales_come_one_a_row_and_real_text_in_windows(tales, tmp_path):
 
 @pytest.mark.parametrize("data, message", [("tales-short", "need their tokenizer"), (["a text"], "need their tokenizer"), ([], "no batches"),
                                            (iter([]), "no batches"), (iter(pairs(2)), "ended after 2 batches"), ([1, 2], "a int where a pair"),
-                                           ([torch.zeros(3)], "a Tensor where a pair")])
+                                           ([torch.zeros(3)], "a Tensor where a pair"), ((torch.zeros(3), torch.zeros(3)), "a Tensor where a pair")])
 def test_data_that_cannot_be_trained_on_is_a_clear_error(data, message):
     with pytest.raises(ValueError, match=message): train(tiny(), data, quick())
 
