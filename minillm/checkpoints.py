@@ -6,8 +6,9 @@
 __all__ = ['FORMAT', 'flush_to_disk', 'atomic_write', 'write_json', 'read_json', 'save_tensors', 'load_tensors', 'split_tensors',
            'join_tensors', 'save_state', 'load_state', 'random_state', 'restore_random_state', 'inner_model',
            'named_tensors', 'check_weights', 'load_weights', 'atomic_folder', 'mend_folders', 'step_folders',
-           'pointed_folder', 'write_step', 'read_step', 'read_lines', 'cut_lines', 'check_same_run', 'read_tokenizer',
-           'RunFolder', 'save_model', 'packaged_models', 'find_model', 'choose_device', 'choose_dtype', 'load_model']
+           'pointed_folder', 'save_step_folder', 'load_step_folder', 'read_lines', 'cut_lines', 'check_same_run',
+           'read_tokenizer', 'RunFolder', 'save_model', 'packaged_models', 'find_model', 'choose_device',
+           'choose_dtype', 'load_model']
 
 # %% ../notebooks/10_checkpoints.ipynb #imports
 import json
@@ -239,7 +240,7 @@ def pointed_folder(run: Path, pointer: str) -> Path | None:
     raise ValueError(f"{file} names {name!r}, which is not there; steps here: {there}")
 
 # %% ../notebooks/10_checkpoints.ipynb #write-step
-def write_step(folder: Path, step: int, model: nn.Module, state: Mapping) -> None:
+def save_step_folder(folder: Path, step: int, model: nn.Module, state: Mapping) -> None:
     "A step's folder, whole or not at all: the weights, `state`, and what nobody should be able to forget."
     conditions = {"step": step, "random": random_state(), "threads": torch.get_num_threads(),
                   "torch": str(torch.__version__)}
@@ -247,7 +248,7 @@ def write_step(folder: Path, step: int, model: nn.Module, state: Mapping) -> Non
         save_tensors(temporary / "model.safetensors", named_tensors(model))
         save_state(temporary / "state", {**conditions, **state})
 
-def read_step(folder: Path, model: nn.Module | None = None) -> dict:
+def load_step_folder(folder: Path, model: nn.Module | None = None) -> dict:
     """The state in a step's folder, its weights put into `model`; nothing is touched before all is read and checked.
 
     Warns where the run will go on, but not bit for bit. The random state is the caller's to restore, last of all.
@@ -322,19 +323,19 @@ class RunFolder:
         return latest
 
     def save_step(self, step: int, model: nn.Module, state: Mapping, *, best: bool = False) -> Path:
-        "Writes step-N/ (see `write_step`), then points `best`, if it is, and `latest` to it; `state` is a tree."
+        "Writes step-N/ (see `save_step_folder`), then points `best`, if it is, and `latest` to it; `state` is a tree."
         folder = self.path / f"step-{step}"
-        write_step(folder, step, model, state)
+        save_step_folder(folder, step, model, state)
         for pointer in (["best"] if best else []) + ["latest"]:     # latest last: killed in between, we come here again
             with atomic_write(self.path / pointer) as temporary:
                 temporary.write_text(folder.name + "\n", encoding="utf-8")
         return folder
 
     def load_step(self, model: nn.Module | None = None, folder: Path | None = None) -> dict:
-        "What `read_step` gives for the latest step, or for `folder`. FileNotFoundError where there is none."
+        "What `load_step_folder` gives for the latest step, or for `folder`. FileNotFoundError where there is none."
         if (folder := folder or self.latest()) is None:
             raise FileNotFoundError(f"{self.path} has no finished checkpoint to load")
-        return read_step(folder, model)
+        return load_step_folder(folder, model)
 
     def prune(self, keep_last: int) -> None:
         "Removes all steps but the newest `keep_last` (1 or more), the latest and the best."
