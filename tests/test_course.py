@@ -181,3 +181,10 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     [wheel] = tmp_path.glob("minillm_course-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {n for n in names if ".dist-info/" not in n} == expected and "minillm/py.typed" in expected
+
+
+def test_lines_of_the_package_are_at_most_120_characters_long():
+    "But for a module's docstring, which is the lesson's title line, and for links."
+    for path in (ROOT / "minillm").glob("*.py"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 120 or number == 1 or "http" in line, f"{path.name}:{number} has {len(line)} characters"
