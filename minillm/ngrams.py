@@ -181,6 +181,16 @@ class NGram:
             if ids[-1] == eos_id: break
         return ids
 
+# %% ../notebooks/04_ngrams.ipynb #ladder
+def ladder(documents: Iterable, held_out: Iterable, vocab_size: int, orders: Sequence[int] = (1, 2, 3, 6),
+           smoothing: str = "witten-bell") -> dict[str, float]:
+    "Nats a document of `held_out`, on average, that each order costs: by name, after "uniform", all from the same counts."
+    model, held_out = NGram(max(orders), vocab_size, smoothing).fit(documents), list(held_out)
+    names = {1: "unigram", 2: "bigram", 3: "trigram"}
+    costs = {"uniform": np.log(vocab_size) * sum(len(document) - 1 for document in held_out)}
+    for n in orders: costs[names.get(n, f"{n}-gram")] = -model.shorter(n).log_probs(held_out).sum()
+    return {name: float(cost) / len(held_out) for name, cost in costs.items()}
+
 # %% ../notebooks/04_ngrams.ipynb #traced
 class Traced:
     """An array that knows what it was made of. `backward` of a number finds its gradient for all of that.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.ngrams import SMOOTHINGS, NGram, Traced, as_documents, count_levels, find, traced
+from minillm.ngrams import SMOOTHINGS, NGram, Traced, as_documents, count_levels, find, ladder, traced
 from minillm.tales import TaleWorld
 from minillm.tokenizer import BPETokenizer
 
@@ -125,9 +125,13 @@ def test_on_tales_each_order_costs_less_and_none_less_than_the_floor():
     tokenizer = BPETokenizer.train(train, 1024, pattern="tales")
     documents, unseen = ([[tokenizer.eos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(these)] for these in (train, texts))
     model = NGram(4, tokenizer.vocab_size).fit(documents)
-    cost = [-model.shorter(order).log_probs(unseen).sum() / len(unseen) for order in (1, 2, 3, 4)]
+    steps = ladder(documents, unseen, tokenizer.vocab_size, orders=(1, 2, 3, 4))
+    assert list(steps) == ["uniform", "unigram", "bigram", "trigram", "4-gram"]
+    assert math.isclose(steps["uniform"], math.log(tokenizer.vocab_size) * sum(len(ids) - 1 for ids in unseen) / len(unseen))
+    uniform, *cost = steps.values()
+    assert math.isclose(cost[-1], -model.log_probs(unseen).sum() / len(unseen))
     floor = -sum(map(world.log_prob, texts)) / len(texts)
-    assert cost == sorted(cost, reverse=True) and cost[-1] > floor and cost[0] > 4 * cost[2]
+    assert cost == sorted(cost, reverse=True) and uniform > cost[0] > 4 * cost[2] and cost[-1] > floor
 
 
 def test_the_bigram_found_by_gradient_is_the_counted_one():
