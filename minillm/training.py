@@ -19,6 +19,7 @@ import signal
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -647,6 +648,10 @@ def watch(run: Run, report: Report, loss: Callable, sample: Callable | None) -> 
     evaluation = evaluate(run.model, validation, max_batches=config.evaluate_batches, loss=loss, floor=run.floor)
     run.floor = evaluation.floor            # the same tales each time: their floor is computed once
     report.evaluation(evaluation)
+    if evaluation.luck < 1e-9:
+        warnings.warn(f"at step {run.step} the loss on {evaluation.documents} unseen tales is impossible, "
+                      f"{evaluation.floor - evaluation.nats:.0f} nats below their floor: look for a leak or a missing mask",
+                      stacklevel=3)
     return evaluation
 
 # %% ../notebooks/11_training.ipynb #train

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
 
 import pytest
@@ -289,6 +290,17 @@ def test_training_on_tales_records_the_floor(tales, tmp_path):
     again = History.of_run(tmp_path / "run")
     assert again.records == history.records and again.plan == history.plan and again.evaluations[4] == last
     assert again.series("floor_loss")[1][0] == pytest.approx(first.floor_loss)
+
+
+def test_an_impossible_loss_rings_the_alarm():
+    class Known(list):
+        def floor(self, inputs, targets): return self.nats, targets.numel()
+    data = Known(pairs(1))
+    for data.nats, rings in ((60.0, False), (200.0, True)):       # an untrained model pays 24 tokens of 3.2 nats
+        with warnings.catch_warnings(record=True) as rung:
+            warnings.simplefilter("always")
+            train(tiny(), Stream(pairs(), data), quick(steps=1, evaluate_every=1, learning_rate=1e-6))
+        assert [("nats below their floor" in str(w.message)) for w in rung] == [True] * rings
 
 
 def test_watching_changes_nothing(tmp_path):
