@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOOTHINGS', 'as_documents', 'before', 'Level', 'make_level', 'find', 'count_levels', 'witten_bell', 'kneser_ney',
-           'continuations', 'NGram', 'Traced', 'traced', 'summed_to', 'makers_first']
+           'continuations', 'NGram', 'ladder', 'Traced', 'traced', 'summed_to', 'makers_first']
 
 # %% ../notebooks/04_ngrams.ipynb #imports
 from collections.abc import Callable, Iterable, Sequence
@@ -184,7 +184,7 @@ class NGram:
 # %% ../notebooks/04_ngrams.ipynb #ladder
 def ladder(documents: Iterable, held_out: Iterable, vocab_size: int, orders: Sequence[int] = (1, 2, 3, 6),
            smoothing: str = "witten-bell") -> dict[str, float]:
-    "Nats a document of `held_out`, on average, that each order costs: by name, after "uniform", all from the same counts."
+    "What a document of `held_out` costs on average, nats: by no model (uniform), unigram, bigram, ..., from one counting."
     model, held_out = NGram(max(orders), vocab_size, smoothing).fit(documents), list(held_out)
     names = {1: "unigram", 2: "bigram", 3: "trigram"}
     costs = {"uniform": np.log(vocab_size) * sum(len(document) - 1 for document in held_out)}
