@@ -184,7 +184,7 @@ class NGram:
 # %% ../notebooks/04_ngrams.ipynb #ladder
 def ladder(documents: Iterable, held_out: Iterable, vocab_size: int, orders: Sequence[int] = (1, 2, 3, 6),
            smoothing: str = "witten-bell") -> dict[str, float]:
-    "What a document of `held_out` costs on average, nats: by no model (uniform), unigram, bigram, ..., from one counting."
+    "Nats that a document of `held_out` costs on average: uniform, unigram, bigram, ..., all from one counting."
     model, held_out = NGram(max(orders), vocab_size, smoothing).fit(documents), list(held_out)
     names = {1: "unigram", 2: "bigram", 3: "trigram"}
     costs = {"uniform": np.log(vocab_size) * sum(len(document) - 1 for document in held_out)}
