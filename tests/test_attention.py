@@ -23,7 +23,6 @@ from minillm.attention import (
 )
 from minillm.positions import ALiBi, RotaryPositions
 
-
 def random_qkv(B=2, H=4, K=2, T=5, S=7, D=8, dtype=torch.float64):
     q, k, v = torch.randn(B, H, T, D), torch.randn(B, K, S, D), torch.randn(B, K, S, D)
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -184,7 +184,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 
 def test_lines_of_the_package_are_at_most_120_characters_long():
-    "But for a module's docstring, which is the lesson's title line, and for links."
+    "But for what the lesson's title and nbdev write in one line, and for links."
     for path in (ROOT / "minillm").glob("*.py"):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            assert len(line) <= 120 or number == 1 or "http" in line, f"{path.name}:{number} has {len(line)} characters"
+            fine = len(line) <= 120 or number == 1 or line.startswith("__all__") or "http" in line
+            assert fine, f"{path.name}:{number} has {len(line)} characters"
