@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DTYPES', 'LOWEST', 'MAY_CHANGE', 'GPU_PEAKS', 'Evaluation', 'evaluate', 'to_device', 'add_gradients',
            'divide_gradients', 'precision_block', 'LossScaler', 'native_bfloat16', 'seconds_a_step', 'choose_precision',
-           'TrainConfig', 'check_settings', 'Stream', 'as_batches', 'as_token_files', 'History', 'plot_losses',
-           'running_mean', 'TrainingError', 'explain_memory', 'delayed_interrupt', 'Run', 'save_run', 'load_run',
-           'Plan', 'count_steps', 'check_batch', 'open_folder', 'start_run', 'set_learning_rate', 'read_step',
-           'matmul_peak', 'open_log', 'StepEvent', 'Report', 'watch', 'train', 'LivePlot', 'Recipe', 'make_recipe',
-           'as_number', 'load_recipe']
+           'TrainConfig', 'check_kind', 'check_settings', 'Stream', 'as_batches', 'as_token_files', 'History',
+           'plot_losses', 'running_mean', 'TrainingError', 'explain_memory', 'delayed_interrupt', 'Run', 'save_run',
+           'load_run', 'Plan', 'count_steps', 'check_batch', 'open_folder', 'start_run', 'set_learning_rate',
+           'read_step', 'matmul_peak', 'open_log', 'StepEvent', 'Report', 'watch', 'train', 'LivePlot', 'Recipe',
+           'make_recipe', 'as_number', 'load_recipe']
 
 # %% ../notebooks/11_training.ipynb #imports
 import math
@@ -184,15 +184,15 @@ class TrainConfig:
     batches: Literal["auto", "windows", "packed", "documents"] = "auto"      # auto: documents of tales, else windows
     accumulate: int = 1                    # batches in an update: a large batch in the memory of a small one
     # the update
-    optimizer: Literal["sgd", "momentum", "adamw", "lion", "muon"] = "adamw"
+    optimizer: Literal["sgd", "momentum", "adamw", "lion", "muon"] = "adamw"   # makes steps of gradients: lesson 09
     learning_rate: float = 1e-3            # at its highest
     min_learning_rate: float = 0.0         # at the end of the schedule
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"      # of the learning rate, after the warm-up
     warmup_steps: int = 50                 # of a straight rise to `learning_rate`
     cooldown_share: float = 0.2            # of all steps, for the fall at the end of wsd
     weight_decay: float = 0.1              # of matrices; norms, biases and embeddings have none
-    beta1: float = 0.9                     # how slowly the optimizer forgets gradients,
-    beta2: float = 0.95                    # and their squares
+    beta1: float = 0.9                     # how slowly the optimizer forgets gradients
+    beta2: float = 0.95                    # and how slowly their squares
     clip: float | None = 1.0               # the longest gradient; None: any
     # the machine
     device: str = "auto"                   # auto, cpu, cuda, mps
@@ -205,7 +205,7 @@ class TrainConfig:
     evaluate_batches: int | None = 20      # batches in an evaluation; None: the whole validation part
     sample_prompts: tuple[str, ...] = ()   # continued at each evaluation, and kept with the log
     progress: bool = True                  # a bar with loss, tokens/s and MFU
-    log: Literal["", "tensorboard", "wandb"] = ""                            # beside metrics.jsonl
+    log: Literal["", "tensorboard", "wandb"] = ""                            # a log beside metrics.jsonl
     out_dir: str | None = None             # the run's folder; None: nothing is written
     checkpoint_every: int = 1000           # steps between checkpoints, and one at the end
     keep_last: int = 2                     # checkpoints that stay, besides the best
@@ -218,18 +218,27 @@ LOWEST = {"steps": 1, "epochs": 0, "batch_size": 1, "sequence_length": 1, "accum
           "min_learning_rate": 0, "warmup_steps": 0, "evaluate_every": 0, "evaluate_batches": 1,
           "checkpoint_every": 1, "keep_last": 1}
 
+def check_kind(name: str, value, hint) -> None:
+    "ValueError where `value` is not of the kind that the annotation `hint` of a setting says."
+    kinds = [get_origin(kind) or kind for kind in (get_args(hint) if type(None) in get_args(hint) else [hint])]
+    if isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int)): return
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", tuple: "a list of texts"}
+    wanted = " or ".join(names.get(kind, "None") for kind in kinds)
+    raise ValueError(f"{name} must be {wanted}; it is {value!r}")
+
 def check_settings(config: TrainConfig) -> None:
     "ValueError for a setting that cannot work; makes paths text and lists tuples."
+    for name, kind, wanted in (("sample_prompts", list, tuple), ("out_dir", Path, str)):
+        if isinstance(value := getattr(config, name), kind): object.__setattr__(config, name, wanted(value))
     for name, hint in get_type_hints(TrainConfig).items():
         value, lowest = getattr(config, name), LOWEST.get(name)
         if get_origin(hint) is Literal: check_choice(name, value, get_args(hint))
+        else: check_kind(name, value, hint)
         if lowest is not None and value is not None and not value >= lowest:
             raise ValueError(f"{name} must be at least {lowest}; it is {value}")
     if config.min_learning_rate > config.learning_rate:
         raise ValueError(f"min_learning_rate {config.min_learning_rate} is above learning_rate {config.learning_rate}")
     if config.resume and not config.out_dir: raise ValueError("resume needs the out_dir of the run that is to go on")
-    object.__setattr__(config, "sample_prompts", tuple(config.sample_prompts))
-    if config.out_dir is not None: object.__setattr__(config, "out_dir", str(config.out_dir))
 
 # %% ../notebooks/11_training.ipynb #stream
 class Stream:
@@ -289,7 +298,8 @@ def as_batches(data, model: nn.Module, config: TrainConfig, tokenizer=None) -> B
 
 def as_token_files(data, tokenizer, config: TrainConfig) -> tuple[TokenFile, ...] | None:
     "The token files that `data` is, or that the tokenizer makes of it; None where it is no text."
-    named, texts = isinstance(data, (str, Path, Mapping)), isinstance(data, list) and bool(data) and isinstance(data[0], str)
+    named = isinstance(data, (str, Path, Mapping))
+    texts = isinstance(data, list) and bool(data) and isinstance(data[0], str)
     parts = data if isinstance(data, tuple) and data else (data,)
     if not (named or texts or isinstance(parts[0], (Corpus, TokenFile))): return None
     if tokenizer is None: raise ValueError("text and token files need their tokenizer: train(..., tokenizer=...)")
@@ -355,7 +365,7 @@ def plot_losses(histories: Mapping[str, History], *, lines: Mapping[str, float] 
     for name, height in levels.items():
         axes.axhline(height, color="0.4", lw=0.8, ls="--")
         axes.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")         # else nobody sees the last steps to the floor
+    axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")   # or the end of the way is flat
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
@@ -650,8 +660,8 @@ def watch(run: Run, report: Report, loss: Callable, sample: Callable | None) -> 
     report.evaluation(evaluation)
     if evaluation.luck < 1e-9:
         warnings.warn(f"at step {run.step} the loss on {evaluation.documents} unseen tales is impossible, "
-                      f"{evaluation.floor - evaluation.nats:.0f} nats below their floor: look for a leak or a missing mask",
-                      stacklevel=3)
+                      f"{evaluation.floor - evaluation.nats:.0f} nats below their floor: look for a leak or a missing "
+                      "mask", stacklevel=3)
     return evaluation
 
 # %% ../notebooks/11_training.ipynb #train
@@ -710,9 +720,9 @@ class LivePlot:
 class Recipe:
     "A whole run: what to train on, what, and how. In its YAML file all settings stand side by side, each by its name."
     about: str = ""                                     # the file's first comment
-    data: str = "tales"                                 # what load_corpus takes
-    tokenizer: str = "bpe:1024:tales"                   # as the command line takes it
-    preset: str = "tales"
+    data: str = "tales-short"                           # what load_corpus takes
+    tokenizer: str = "auto"                             # as the command line takes it
+    preset: str = "tiny"                                # the model's shape, by its name in PRESETS
     max_samples: int | None = None                      # documents to read; None: all
     init_from: str | None = None                        # a run or model to start from
     model: Mapping = field(default_factory=dict)        # fields of ModelConfig that differ from the preset
@@ -724,6 +734,7 @@ def make_recipe(settings: Mapping, about: str = "") -> Recipe:
     hints, model = get_type_hints(TrainConfig), {f.name for f in fields(ModelConfig)}
     own = {f.name for f in fields(Recipe)} - {"about", "model", "train"}
     for name in settings: check_choice("setting of a recipe", name, [*own, *model, *hints])
+    for name in own & settings.keys(): check_kind(name, settings[name], get_type_hints(Recipe)[name])
     how = {name: as_number(name, value) if float in (hints[name], *get_args(hints[name])) else value
            for name, value in settings.items() if name in hints}
     return Recipe(about=about, **{k: v for k, v in settings.items() if k in own},

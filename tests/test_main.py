@@ -88,7 +88,7 @@ def test_each_command_explains_each_of_its_flags(command, say):
     flags = re.findall(r" (--[a-z][\w-]*)(?:, --no-[\w-]+)?(?: (?:\{[^}]*\}\S*|\[STR.*?\]\]|[A-Z|{}]+))? (.*?)\((?:default|required)", text)
     assert {"generate": "--max-new-tokens", "chat": "--top-p", "train": "--learning-rate", "evaluate": "--data",
             "info": "--batch-size", "plot": "--out", "tokenize": "--tokenizer", "quickstart": "--seed"}[command] in dict(flags)
-    known = {"--n-layers", "--position", "--rope-theta", "--norm", "--norm-eps", "--norm-position", "--activation", "--schedule"}
+    known = {"--n-layers", "--position", "--rope-theta", "--norm", "--norm-eps", "--norm-position", "--activation"}
     assert not [flag for flag, words in flags if not words.strip() and flag not in known], "flags without a word of help"
 
 
@@ -157,7 +157,9 @@ def test_what_makes_no_sense_is_one_clear_complaint(arguments, words, say): refu
 
 
 @pytest.mark.parametrize("text, words", [("stepz: 3", "nearest is 'steps'"), ("a: [1", "is not YAML"), ("learning_rate: fast", "must be a number"),
-                                         ("- 1", "`name: value`"), ("d_modle: 3", "nearest is 'd_model'")])
+                                         ("- 1", "`name: value`"), ("d_modle: 3", "nearest is 'd_model'"),
+                                         ("steps: many", "steps must be a whole number"), ("compile: perhaps", "compile must be True or False"),
+                                         ("sample_prompts: Once", "must be a list of texts"), ("data: 5", "data must be a text")])
 def test_a_faulty_recipe_is_one_clear_line(text, words, say):
     Path("faulty.yaml").write_text(text, encoding="utf-8")
     refused(say("train", "--recipe", "faulty.yaml", "--data", "mine.txt"), words)
@@ -253,7 +255,7 @@ def test_info_of_a_preset_a_run_and_all(run, say):
 def test_a_folder_that_tokenize_made_can_be_trained_on(say):
     status, printed, _ = say("tokenize", "--data", "mine.txt", "--out-dir", "tokens", "--tokenizer", "unigram:300")
     assert status == 0 and re.search(r"train +\d+ documents +[\d,]+ tokens", printed)
-    arguments = ["train", "--data", "tokens", "--tokenizer", "auto", "--steps", "2", "--context-length", "16", *SMALL]
+    arguments = ["train", "--data", "tokens", "--steps", "2", "--context-length", "16", *SMALL]
     assert say(*arguments, "--out-dir", "on-tokens")[0] == 0
     assert not list(Path("on-tokens").glob("data/*"))
     assert minillm.load("on-tokens", device="cpu").tokenizer.kind == "unigram"
