@@ -239,6 +239,7 @@ class MiniLLM(nn.Module):
         self.gradient_checkpointing = False
         initialize(self, config.n_layers)
         if config.tie_embeddings: self.head.weight = self.embedding.weight
+        else: nn.init.normal_(self.embedding.weight)   # as large as what a norm gives: see below
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         "ids (B, T) -> logits (B, T, V). With a cache, ids follow what is in it. ValueError past `config.max_length`."
