@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -26,7 +27,7 @@ from .checkpoints import RunFolder, choose_device, find_model, load_model, packa
 from .data import TALE_CORPORA, Batches, TokenFile, load_corpus, prepare, tokenize_once
 from .model import PRESETS, MiniLLM, ModelConfig, check_choice
 from .sampling import GenerationConfig, Generator
-from .tales import TaleError, TaleWorld
+from .tales import TaleError, TaleWorld, join, words
 from .tokenizer import (
     PATTERNS,
     BPETokenizer,
@@ -363,8 +364,10 @@ def free_folder(wanted: str) -> str:
 def find_config(name: str) -> ModelConfig:
     "The configuration of a preset, or of anything that `find_model` finds, without its weights."
     if name in PRESETS: return PRESETS[name]
-    if not Path(name).exists(): check_choice("preset, run or model", name, [*PRESETS, *packaged_models()])
-    return ModelConfig.from_dict(read_json(find_model(name)[1])["model"])
+    try: return ModelConfig.from_dict(read_json(find_model(name)[1])["model"])
+    except FileNotFoundError:
+        if not Path(name).exists(): check_choice("preset, run or model", name, [*PRESETS, *packaged_models()])
+        raise
 
 
 # ---- what they print -----------------------------------------------------------------------------------------------
@@ -406,7 +409,7 @@ def report_tales(generator: Generator, world: TaleWorld, samples: int, seed: int
     for text in valid[:show]: print(f"\n  {text}")
     for text in [text for text in texts if text not in valid][:show]:
         try: world.parse(text)
-        except TaleError as error: print(f"\n  {text[:error.position]} >>> {error}")
+        except TaleError as error: print(f"\n  {join(words(text)[:error.position])} >>> {error}")
 
 
 def gigabytes(n_bytes: float) -> str: return f"{n_bytes / 1e9:,.2f} GB" if n_bytes > 1e8 else f"{n_bytes / 1e6:.1f} MB"
@@ -421,7 +424,7 @@ def duration(seconds: float) -> str:
 
 
 RECIPE_FIELDS = [f.name for f in dataclasses.fields(Recipe) if f.name not in ("about", "model", "train")]
-YAML_FLAG = PrimitiveConstructorSpec(nargs=1, metavar="YAML", instance_from_str=lambda words: yaml.safe_load(words[0]),
+YAML_FLAG = PrimitiveConstructorSpec(nargs=1, metavar="YAML", instance_from_str=lambda found: yaml.safe_load(found[0]),
                                      is_instance=lambda value: value is None or isinstance(value, dict),
                                      str_from_instance=lambda value: [str(value)])
 
@@ -502,6 +505,7 @@ USAGE = f"usage: {PROGRAM} COMMAND [OPTIONS]\n\n" + "\n".join(
 def main(arguments: list[str] | None = None) -> int:
     "Runs one command; returns its exit status."
     os.environ.setdefault("MPLBACKEND", "agg")                  # pictures go to files, on machines without a screen too
+    warnings.filterwarnings("ignore", "Mismatch dtype")         # RMSNorm under autocast: slower, and three steps know
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         if name in ("--version", "-V"): print(f"minillm {__version__}")

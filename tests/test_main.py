@@ -1,4 +1,5 @@
 """The commands as a user meets them: one small run of them all, what they refuse, and the recipes."""
+import functools
 import io
 import json
 import os
@@ -14,9 +15,9 @@ from conftest import SHARED
 
 import minillm
 from minillm.__main__ import COMMANDS, main, parse_train
-from minillm.checkpoints import RunFolder
+from minillm.checkpoints import RunFolder, save_model
 from minillm.model import PRESETS
-from minillm.tales import TaleWorld
+from minillm.tales import TaleWorld, words
 from minillm.training import History, load_recipe
 
 SMALL = ["--n-layers", "1", "--d-model", "32", "--n-heads", "2", "--n-kv-heads", "2", "--d-ff", "32", "--batch-size", "4",
@@ -89,7 +90,7 @@ def test_each_command_explains_each_of_its_flags(command, say):
     assert {"generate": "--max-new-tokens", "chat": "--top-p", "train": "--learning-rate", "evaluate": "--data",
             "info": "--batch-size", "plot": "--out", "tokenize": "--tokenizer", "quickstart": "--seed"}[command] in dict(flags)
     known = {"--n-layers", "--position", "--rope-theta", "--norm", "--norm-eps", "--norm-position", "--activation"}
-    assert not [flag for flag, words in flags if not words.strip() and flag not in known], "flags without a word of help"
+    assert not [flag for flag, said in flags if not said.strip() and flag not in known], "flags without a word of help"
 
 
 def test_version_and_usage_need_no_command(say):
@@ -100,15 +101,15 @@ def test_version_and_usage_need_no_command(say):
 # what is refused
 
 
-def refused(result, words: str) -> None:
-    "Asserts one clear complaint that matches `words`, and an exit status that says so."
+def refused(result, wanted: str) -> None:
+    "Asserts one clear complaint that matches `wanted`, and an exit status that says so."
     status, printed, complaint = result
     assert status in (1, 2) and "Traceback" not in complaint
-    assert re.search(words, " ".join(re.sub(r"[│╭╮╰╯─]", " ", complaint + printed).split())), complaint + printed
+    assert re.search(wanted, " ".join(re.sub(r"[│╭╮╰╯─]", " ", complaint + printed).split())), complaint + printed
     assert status == 2 or complaint.count("\n") == 1
 
 
-@pytest.mark.parametrize("name, content, words", [
+@pytest.mark.parametrize("name, content, wanted", [
     ("empty.txt", b"", "empty.txt is empty"),
     ("binary.dat", bytes(range(256)) * 4, "binary.dat is a binary file"),
     ("latin.txt", b"caf\xe9 " * 99, "not UTF-8: byte 3 is 0xe9"),
@@ -116,9 +117,9 @@ def refused(result, words: str) -> None:
     ("rows.jsonl", b'{"story": "x"}', "no column 'text', only 'story'"),
     ("missing.txt", None, "no file, folder or corpus 'missing.txt'"),
 ])
-def test_what_cannot_be_read_is_one_clear_line(name, content, words, say):
+def test_what_cannot_be_read_is_one_clear_line(name, content, wanted, say):
     if content is not None: Path(name).write_bytes(content)
-    refused(say("train", "--data", name, "--tokenizer", "bpe:300", "--out-dir", "no", *SMALL), words)
+    refused(say("train", "--data", name, "--tokenizer", "bpe:300", "--out-dir", "no", *SMALL), wanted)
     assert not RunFolder("no").latest()
 
 
@@ -128,7 +129,7 @@ def test_a_text_shorter_than_the_context_is_one_clear_line(say):
             r"has \d+ tokens; a row needs 4001: give more text, or a smaller sequence_length")
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize("arguments, wanted", [
     ("trian", "'trian' is no command; the nearest is 'train'"),
     ("train --learning-rat 1", "Perhaps you meant: --learning-rate"),
     ("generate run --temprature 1", "Perhaps you meant: --temperature"),
@@ -153,16 +154,16 @@ def test_a_text_shorter_than_the_context_is_one_clear_line(say):
     ("info mini-50", "the nearest is 'mini-50m'"),
     ("tokenize --data mine.txt", "--out-dir"),
 ])
-def test_what_makes_no_sense_is_one_clear_complaint(arguments, words, say): refused(say(*arguments.split()), words)
+def test_what_makes_no_sense_is_one_clear_complaint(arguments, wanted, say): refused(say(*arguments.split()), wanted)
 
 
-@pytest.mark.parametrize("text, words", [("stepz: 3", "nearest is 'steps'"), ("a: [1", "is not YAML"), ("learning_rate: fast", "must be a number"),
+@pytest.mark.parametrize("text, wanted", [("stepz: 3", "nearest is 'steps'"), ("a: [1", "is not YAML"), ("learning_rate: fast", "must be a number"),
                                          ("- 1", "`name: value`"), ("d_modle: 3", "nearest is 'd_model'"),
                                          ("steps: many", "steps must be a whole number"), ("compile: perhaps", "compile must be True or False"),
                                          ("sample_prompts: Once", "must be a list of texts"), ("data: 5", "data must be a text")])
-def test_a_faulty_recipe_is_one_clear_line(text, words, say):
+def test_a_faulty_recipe_is_one_clear_line(text, wanted, say):
     Path("faulty.yaml").write_text(text, encoding="utf-8")
-    refused(say("train", "--recipe", "faulty.yaml", "--data", "mine.txt"), words)
+    refused(say("train", "--recipe", "faulty.yaml", "--data", "mine.txt"), wanted)
 
 
 def test_a_process_fails_with_a_status_and_no_traceback(place):
@@ -179,6 +180,16 @@ def test_a_new_run_does_not_overwrite_an_old_one(run, say):
 
 
 # one run through all commands
+
+
+def test_quickstart_trains_draws_and_checks(say, monkeypatch):
+    short = {"steps": 2, "max_samples": 200, "n_layers": 1, "d_model": 32, "n_heads": 2, "evaluate_batches": 2, "progress": False}
+    monkeypatch.setattr("minillm.__main__.load_recipe", functools.partial(load_recipe, **short))
+    for folder in ("runs/quickstart", "runs/quickstart-2"):
+        status, printed, complaint = say("quickstart", "--samples", "3", "--plots", "pictures")
+        assert status == 0 and not complaint and f"generate {folder} --prompt" in printed
+        assert "no model can do better than" in printed and "of 3 tales told" in printed
+        assert Path("pictures/quickstart.png").is_file() and History.of_run(folder).steps == [1, 2]
 
 
 def test_resume_alone_repeats_the_settings_of_the_run(run, say):
@@ -205,6 +216,15 @@ def test_generate_continues_prompts_from_flags_and_from_standard_input(run, say,
     refused(say("generate", run, "--prompt", "Once " * 600), r"has \d+ tokens and the context")
 
 
+def test_a_model_as_it_is_packaged_can_be_generated_from_and_evaluated(run, say):
+    known = minillm.load(run, "cpu")
+    save_model("packed", known.model, known.tokenizer, info={"data": "tales-short"}, flat=True)
+    assert say("generate", "packed", "--prompt", "Once", "--max-new-tokens", "4")[1].startswith("Once")
+    assert "over the floor" in say("evaluate", "packed", "--max-samples", "5", "--samples", "0")[1]
+    save_model("unknown", known.model, known.tokenizer)
+    refused(say("evaluate", "unknown"), "nobody recorded what unknown was trained on: say --data")
+
+
 def test_chat_streams_until_quit(run):
     done = process("chat", run, "--max-new-tokens", "4", input="Once upon\na time\nquit\nnever\n")
     assert done.returncode == 0 and not done.stderr
@@ -224,6 +244,8 @@ def test_evaluate_prints_loss_floor_excess_and_valid_share(run, say):
     assert abs(perplexity - 2.718281828**loss) < 0.01 * perplexity
     nats, floor, excess = map(float, re.search(r"([\d.]+) nats a tale; .* than ([\d.]+) on average: ([\d.]+) ", printed).groups())
     assert 30 < floor < 40 and abs(nats - floor - excess) < 0.02
+    failed, position = re.search(r"\n\n  (.*) >>> word (\d+) is", printed).groups()
+    assert len(words(failed)) == int(position), "the tale is shown up to the word that could not be"
     assert re.search(r"\d of 4 tales told at temperature 1 are valid \(\d+%\); at least exp\(-[\d.]+\) = 0% must be", printed)
 
 
@@ -249,6 +271,8 @@ def test_info_of_a_preset_a_run_and_all(run, say):
     assert 0.9 < 200 * training / tokens < 1.1, "about six operations a parameter and token"
     model = minillm.load(run, device="cpu").model
     assert f"{model.num_parameters():,}" in say("info", run)[1]
+    save_model("flat", model, info={"data": "mine.txt"}, flat=True)
+    assert f"{model.num_parameters():,}" in say("info", "flat")[1]
     assert all(name in say("info")[1] for name in PRESETS)
 
 
