@@ -279,6 +279,8 @@ def run_recipe(recipe: Recipe) -> tuple[Generator, History]:
     choose_device(config.device)            # what cannot work is said before the long work
     check_folder(config)
     model, tokenizer = start_model(recipe)
+    if model.num_parameters() < 5e6 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)            # small products gain nothing from a second one, and lose much on a busy machine
     files = token_files(recipe, tokenizer)
 
     def continue_prompts(model: MiniLLM, prompts: tuple[str, ...]) -> list[str]:
