@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from .checkpoints import RunFolder, choose_device, random_state, read_json, restore_random_state, write_json
 from .data import Batches, Corpus, TokenFile, prepare, tokenize_once
 from .model import ModelConfig, check_choice, cross_entropy
-from .optimizers import clip_gradients, make_optimizer, schedule
+from .optimizers import clip_gradients, make_optimizer, restore_optimizer, schedule
 
 # %% ../notebooks/11_training.ipynb #evaluation
 @dataclass(frozen=True)
@@ -440,7 +440,7 @@ def save_run(run: Run, evaluation: Evaluation | None = None) -> None:
 def load_run(run: Run, step_folder: Path) -> None:
     "Goes on from a checkpoint."
     state = run.folder.load_step(run.model, step_folder)
-    run.optimizer.load_state_dict(state["optimizer"])
+    restore_optimizer(run.optimizer, state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.batches.load_state_dict(state["data"])
     run.step, run.best_loss, run.history.records = state["step"], state["best_loss"], run.folder.metrics()
