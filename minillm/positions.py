@@ -61,7 +61,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    "Turn the D/2 pairs (0, D/2), (1, D/2 + 1), ... in x (..., D), as published weights (Llama) expect."
+    "Turn the D/2 pairs (0, D/2), (1, D/2 + 1), ... in x (..., D), as Llama's weights on Hugging Face expect."
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
