@@ -9,7 +9,7 @@ quickstart: .venv/.ok            ## train a small model on tales and let it tell
 	OMP_NUM_THREADS=1 $(BIN)/python -m minillm quickstart
 
 test: .venv/.test                ## every test and every lesson
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=600
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=600
 
 lab: .venv/.ok                   ## the lessons in JupyterLab
 	$(BIN)/jupyter lab notebooks
