@@ -129,7 +129,8 @@ def check_config(c: ModelConfig) -> None:
         if int in (hint, *get_args(hint)) and value is not None and (type(value) is not int or value < smallest):
             raise ValueError(f"{name} must be a whole number, at least {smallest}; got {value!r}")
         if hint is bool and type(value) is not bool: raise ValueError(f"{name} must be True or False; got {value!r}")
-        if hint is float and type(value) not in (int, float): raise ValueError(f"{name} must be a number; got {value!r}")
+        if hint is float and type(value) not in (int, float):
+            raise ValueError(f"{name} must be a number; got {value!r}")
     check_together(c)
 
 # %% ../notebooks/08_model.ipynb #check-together
