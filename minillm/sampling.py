@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Processor', 'land', 'throw', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'GenerationConfig',
            'check_generation', 'draw_tokens', 'chooser', 'room', 'left_pad', 'infer', 'next_tokens', 'Continuation',
-           'generate_ids', 'TextStream', 'Generator', 'Chat', 'said_so_far', 'beam_search', 'judge', 'speculative',
-           'distributions', 'seeded_draw']
+           'generate_ids', 'TextStream', 'text_pieces', 'Generator', 'beam_search', 'judge', 'distributions',
+           'seeded_draw', 'speculative', 'Chat', 'said_so_far']
 
 # %% ../notebooks/12_sampling.ipynb #imports
 import codecs
@@ -243,6 +243,21 @@ class TextStream:
         shown, self.held = self.held[:sure], self.held[sure:]
         return shown
 
+# %% ../notebooks/12_sampling.ipynb #text-pieces
+def text_pieces(model: MiniLLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], config: GenerationConfig,
+                processors: Sequence[Processor] = (), forward: Callable | None = None) -> Iterator[tuple[int, str]]:
+    "(number of the text, its next piece) for prompts as ids, all at once, as they come; without their end tokens."
+    rooms, streams = room(model, prompts, config.max_new_tokens), [TextStream(config.stop) for _ in prompts]
+    if not streams: return
+    choose = chooser(config, len(streams), processors)
+    def ended(number: int, token: int) -> bool: return token == tokenizer.eos_id or streams[number].ended
+    for numbers, new, _ in next_tokens(model, prompts, rooms, choose, ended, forward):
+        for number, token in zip(numbers, new.tolist()):
+            data = b"" if token == tokenizer.eos_id else tokenizer.decode_bytes([token])
+            if piece := streams[number].add(data): yield number, piece
+    for number, stream in enumerate(streams):
+        if piece := stream.add(b"", final=True): yield number, piece
+
 # %% ../notebooks/12_sampling.ipynb #generator
 class Generator:
     """A model and its tokenizer, ready to write. Keyword arguments are fields of `GenerationConfig`.
@@ -287,57 +302,13 @@ class Generator:
 
     def pieces(self, prompts: Sequence[Sequence[int]], config: GenerationConfig,
                processors: Sequence[Processor] = ()) -> Iterator[tuple[int, str]]:
-        "(number of the text, its next piece) for prompts as ids, all at once, as they come."
-        rooms, streams = room(self.model, prompts, config.max_new_tokens), [TextStream(config.stop) for _ in prompts]
-        if not streams: return
-        choose, eos_id = chooser(config, len(streams), processors), self.tokenizer.eos_id
-        def ended(number: int, token: int) -> bool: return token == eos_id or streams[number].ended
-        for numbers, new, _ in next_tokens(self.model, prompts, rooms, choose, ended, self.forward):
-            for number, token in zip(numbers, new.tolist()):
-                data = b"" if token == eos_id else self.tokenizer.decode_bytes([token])
-                if piece := streams[number].add(data): yield number, piece
-        for number, stream in enumerate(streams):
-            if piece := stream.add(b"", final=True): yield number, piece
+        "`text_pieces` for prompts as ids."
+        return text_pieces(self.model, self.tokenizer, prompts, config, processors, self.forward)
 
     def chat(self, template: Callable[[list[dict]], str | list[int]] | None = None) -> "Chat":
         """A conversation. `template` turns messages, {"role": "user" or "assistant", "content": text}, into a prompt:
         text, or ids where special tokens are needed. Without one the model goes on with all that was said."""
         return Chat(self, template)
-
-# %% ../notebooks/12_sampling.ipynb #chat
-class Chat:
-    """A conversation that remembers. What does not fit the context is forgotten from the front, message by message.
-
-    A turn counts once its answer was read to the end: one that was broken off leaves no trace.
-    """
-    def __init__(self, generator: Generator, template: Callable[[list[dict]], str | list[int]] | None = None):
-        self.generator, self.template, self.messages = generator, template, []
-
-    def prompt(self, messages: list[dict], new_tokens: int) -> list[int]:
-        "The ids of the last messages that leave room for `new_tokens`, or for half the context."
-        generator, limit = self.generator, self.generator.model.config.max_length or math.inf
-        for first in range(len(messages)):
-            made = (self.template or said_so_far)(messages[first:])
-            ids = generator.ids(made) if isinstance(made, str) else list(made)
-            if len(ids) + min(new_tokens, limit / 2) <= limit: break
-        return ids
-
-    def stream(self, text: str, **settings) -> Iterator[str]:
-        "The answer to `text`, in pieces."
-        config, messages = GenerationConfig.from_dict(settings), [*self.messages, {"role": "user", "content": text}]
-        answer = ""
-        for _, piece in self.generator.pieces([self.prompt(messages, config.max_new_tokens)], config):
-            answer += piece
-            yield piece
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-
-    def send(self, text: str, **settings) -> str:
-        "The answer to `text`, whole."
-        return "".join(self.stream(text, **settings))
-
-def said_so_far(messages: list[dict]) -> str:
-    "The template of a base model: it continues your text."
-    return "".join(message["content"] for message in messages)
 
 # %% ../notebooks/12_sampling.ipynb #beam-search
 @torch.no_grad()
@@ -376,6 +347,22 @@ def judge(truths: Sequence[Tensor], beliefs: Sequence[Tensor], guesses: Sequence
             return [*guesses[:place], draw((truth - belief).clamp(min=0))]
     return [*guesses, draw(truths[-1])]
 
+# %% ../notebooks/12_sampling.ipynb #distributions
+def distributions(model: MiniLLM, ids: list[int], cache: KVCache, config: GenerationConfig, n: int) -> list[Tensor]:
+    "What `config` draws the next token from after each of the last `n` ids: probabilities (V) in float64, on the CPU."
+    inputs = torch.tensor([ids[cache.length:]], device=model.embedding.weight.device)  # (1, T)
+    found = []
+    for back, logits in zip(range(n - 1, -1, -1), infer(model, inputs, cache)[0, -n:].float().cpu().split(1)):
+        for process in config.processors(): logits = process(logits, torch.tensor([ids[:len(ids) - back]]))  # (1, V)
+        if config.temperature == 0: logits = torch.zeros_like(logits).log().index_fill(1, draw_tokens(logits), 0.0)
+        found.append(logits[0].double().softmax(-1))
+    return found
+
+def seeded_draw(seed: int | None = None) -> Callable[[Tensor], int]:
+    "A function from weights (V) to an index, by one stream of darts."
+    dice = None if seed is None else torch.Generator().manual_seed(seed)
+    return lambda weights: int(land(weights[None], torch.rand(1, dtype=torch.float64, generator=dice)))
+
 # %% ../notebooks/12_sampling.ipynb #speculative
 @torch.no_grad()
 def speculative(model: MiniLLM, draft: MiniLLM, prompt: Sequence[int], config: GenerationConfig | None = None, *,
@@ -408,18 +395,37 @@ def speculative(model: MiniLLM, draft: MiniLLM, prompt: Sequence[int], config: G
         for cache in caches: cache.truncate(min(cache.length, len(ids) - 1))
     return ids[len(prompt):], accepted / max(guessed, 1)
 
-# %% ../notebooks/12_sampling.ipynb #distributions
-def distributions(model: MiniLLM, ids: list[int], cache: KVCache, config: GenerationConfig, n: int) -> list[Tensor]:
-    "What `config` draws the next token from after each of the last `n` ids: probabilities (V) in float64, on the CPU."
-    inputs = torch.tensor([ids[cache.length:]], device=model.embedding.weight.device)  # (1, T)
-    found = []
-    for back, logits in zip(range(n - 1, -1, -1), infer(model, inputs, cache)[0, -n:].float().cpu().split(1)):
-        for process in config.processors(): logits = process(logits, torch.tensor([ids[:len(ids) - back]]))  # (1, V)
-        if config.temperature == 0: logits = torch.zeros_like(logits).log().index_fill(1, draw_tokens(logits), 0.0)
-        found.append(logits[0].double().softmax(-1))
-    return found
+# %% ../notebooks/12_sampling.ipynb #chat
+class Chat:
+    """A conversation that remembers. What does not fit the context is forgotten from the front, message by message.
 
-def seeded_draw(seed: int | None = None) -> Callable[[Tensor], int]:
-    "A function from weights (V) to an index, by one stream of darts."
-    dice = None if seed is None else torch.Generator().manual_seed(seed)
-    return lambda weights: int(land(weights[None], torch.rand(1, dtype=torch.float64, generator=dice)))
+    A turn counts once its answer was read to the end: one that was broken off leaves no trace.
+    """
+    def __init__(self, generator: Generator, template: Callable[[list[dict]], str | list[int]] | None = None):
+        self.generator, self.template, self.messages = generator, template, []
+
+    def prompt(self, messages: list[dict], new_tokens: int) -> list[int]:
+        "The ids of the last messages that leave room for `new_tokens`, or for half the context."
+        generator, limit = self.generator, self.generator.model.config.max_length or math.inf
+        for first in range(len(messages)):
+            made = (self.template or said_so_far)(messages[first:])
+            ids = generator.ids(made) if isinstance(made, str) else list(made)
+            if len(ids) + min(new_tokens, limit / 2) <= limit: break
+        return ids
+
+    def stream(self, text: str, **settings) -> Iterator[str]:
+        "The answer to `text`, in pieces."
+        config, messages = GenerationConfig.from_dict(settings), [*self.messages, {"role": "user", "content": text}]
+        answer = ""
+        for _, piece in self.generator.pieces([self.prompt(messages, config.max_new_tokens)], config):
+            answer += piece
+            yield piece
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+    def send(self, text: str, **settings) -> str:
+        "The answer to `text`, whole."
+        return "".join(self.stream(text, **settings))
+
+def said_so_far(messages: list[dict]) -> str:
+    "The template of a base model: it continues your text."
+    return "".join(message["content"] for message in messages)
