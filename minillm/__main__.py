@@ -280,7 +280,7 @@ def run_recipe(recipe: Recipe) -> tuple[Generator, History]:
     check_folder(config)
     model, tokenizer = start_model(recipe)
     if model.num_parameters() < 5e6 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)            # small products gain nothing from a second one, and lose much on a busy machine
+        torch.set_num_threads(1)            # a second one gains little here, and loses much on a busy machine
     files = token_files(recipe, tokenizer)
 
     def continue_prompts(model: MiniLLM, prompts: tuple[str, ...]) -> list[str]:

@@ -279,11 +279,13 @@ def check_same_run(run: Path, model: MiniLLM, tokenizer: Tokenizer | None) -> No
     new = json.loads(json.dumps(inner_model(model).config.to_dict()))
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field):
-            raise ValueError(f"{run} holds a run with {field}={old.get(field)!r}, the model now has {new.get(field)!r}: "
+            raise ValueError(f"{run} holds a run with {field}={old.get(field)!r}, "
+                             f"the model now has {new.get(field)!r}: "
                              "resume with the same model, or choose another out_dir")
     stored = read_tokenizer({}, run / "tokenizer.json")
     if stored is not None and tokenizer is not None and stored.fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{run} holds a run with another tokenizer ({stored.fingerprint}, now {tokenizer.fingerprint}): "
+        raise ValueError(f"{run} holds a run with another tokenizer ({stored.fingerprint}, "
+                         f"now {tokenizer.fingerprint}): "
                          "resume with its tokenizer.json, or choose another out_dir")
 
 def read_tokenizer(config: Mapping, path: Path) -> Tokenizer | None:

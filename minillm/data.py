@@ -153,7 +153,7 @@ def load_corpus(name_or_path, split: str = "train", *, max_samples: int | None =
     """A corpus by name (NAMES), path, hub id ("owner/name", "owner/name:config"), or mixture: {"a": 0.7, "b": 0.3}.
 
     split: "train" or "validation". max_samples: documents to read, before the split (tales and mixtures: to give).
-    field: the column of .jsonl, .parquet and hub data. validation_share: the share of documents, chosen by their hash and
+    field: the column of .jsonl, .parquet and hub data. validation_share: share of documents, chosen by their hash and
     `seed`, that are validation; None: the data set's own validation part where it has one, else 0.01 of a hub data
     set and 0.1 of all others. ValueError or FileNotFoundError, in one line, for what cannot be read."""
     if split not in ("train", "validation"): raise ValueError(f"split is {split!r}; expected 'train' or 'validation'")

@@ -206,7 +206,7 @@ def place(x: Tensor, positions: Tensor, kind: nn.Module) -> tuple[Tensor, Callab
 
 # %% ../notebooks/08_model.ipynb #initialize
 def initialize(model: nn.Module, n_layers: int) -> None:
-    """Weights from N(0, 0.02), biases 0. What adds to the residual stream (`output`, `down`) is smaller by sqrt(2 n_layers):
+    """Weights from N(0, 0.02), biases 0. What adds to the stream (`output`, `down`) is smaller by sqrt(2 n_layers):
     so often is added, and the sum shall not grow with depth (GPT-2: Radford et al. 2019, section 2.3)."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding): continue
@@ -273,7 +273,8 @@ class MiniLLM(nn.Module):
         """
         was_training = self.training
         self.eval()
-        try: return continue_ids(self, ids, max_new_tokens, partial(choose_token, temperature, top_k, generator), eos_id)
+        try:
+            return continue_ids(self, ids, max_new_tokens, partial(choose_token, temperature, top_k, generator), eos_id)
         finally: self.train(was_training)
 
     def num_parameters(self, trainable_only: bool = False) -> int:

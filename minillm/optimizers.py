@@ -221,7 +221,7 @@ def restore_optimizer(optimizer: Optimizer | MuonAdamW, state: Mapping) -> None:
     pairs = [(optimizer.muon, state["muon"]), (optimizer.adamw, state["adamw"])] if two else [(optimizer, state)]
     for part, saved in pairs:
         here = part.state_dict()["param_groups"]
-        if part is not pairs[0][0] or not two:       # Muon's groups differ between PyTorch's and ours, its state does not
+        if part is not pairs[0][0] or not two:   # Muon's groups differ between PyTorch's and ours, its state does not
             if [g.keys() for g in here] != [g.keys() for g in saved["param_groups"]]: raise other_kind
         names = [name for g in here for name in g["param_names"]]
         if names != [name for g in saved["param_groups"] for name in g["param_names"]]:

@@ -921,7 +921,8 @@ FULL_THINGS = {
     # a swap
     "treasures": "kite drum ball hat scarf bell".split(), "wares": "clock hen cheese pillow kettle chair".split(),
     # a verdict, in the last sentence
-    "verdicts": {"happy": ["fine", "lovely"], "sad": ["sad", "hard"], "funny": ["strange", "silly"], "wise": ["good", "big"]},
+    "verdicts": {"happy": ["fine", "lovely"], "sad": ["sad", "hard"], "funny": ["strange", "silly"],
+                 "wise": ["good", "big"]},
 }
 FULL_TABLES = FULL_PEOPLE | FULL_THINGS
 
