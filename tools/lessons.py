@@ -21,7 +21,8 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, PACKAGE, BUILD, PLOTS = ROOT / "notebooks", ROOT / "minillm", ROOT / ".build", ROOT / "plots"
 STAGES = [("tales", 1), ("tokenizer", 2), ("data", 3), ("n-grams", 4), ("attention", 5), ("positions", 6), ("blocks", 7),
-          ("model", 8), ("optimizers", 9), ("checkpoints", 10), ("training", 11), ("sampling", 12), ("budget", 14)]
+          ("model", 8), ("optimizers", 9), ("checkpoints", 10), ("training", 11), ("sampling", 12), ("evaluation", 13),
+          ("budget", 14), ("scaling", 15), ("interop", 16), ("interpre-\ntability", 21)]
 
 
 def repository() -> str:
@@ -80,11 +81,10 @@ def to_notebook(path: Path) -> None:
         taken.add(cell.id)
         if cell.id == "setup": cell.source, cell.metadata["tags"] = setup_cell(), ["setup"]
         if cell.id == "title": cell.source = re.sub(r"^\[!\[Open in Colab\].*$", badge(path.stem), cell.source, flags=re.M)
+        if cell.id == "where": cell.attachments = {"where.png": {"image/png": where_picture(path.stem)}}
         before = old.get(cell.id)
-        if before and before.cell_type == cell.cell_type:
-            if "attachments" in before: cell.attachments = before.attachments
-            if cell.cell_type == "code" and before.source == cell.source:
-                cell.outputs, cell.execution_count = before.outputs, before.execution_count
+        if before and before.cell_type == cell.cell_type == "code" and before.source == cell.source:
+            cell.outputs, cell.execution_count = before.outputs, before.execution_count
     notebook.metadata = metadata()
     write(notebook, target)
 
@@ -113,7 +113,6 @@ def store(path: Path, timeout: int = 900) -> None:
                    resources={"metadata": {"path": str(path.parent)}}).execute()
     notebook.metadata = metadata()
     for cell in notebook.cells:
-        if cell.id == "where": cell.attachments = {"where.png": {"image/png": where_picture(path.stem)}}
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" or (k == "jupyter" and v.get("source_hidden"))}
         if cell.cell_type == "code": cell.outputs = clean(cell.outputs)
     write(notebook, path)
@@ -155,14 +154,14 @@ def where_picture(stem: str) -> str:
     import matplotlib.pyplot as plt
     from matplotlib.patches import FancyBboxPatch
     here = int(stem[:2])
-    figure = plt.figure(figsize=(10, 0.62))
+    figure = plt.figure(figsize=(11, 0.66))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.55, len(STAGES) - 0.45), ylim=(-1, 1))
     axes.axis("off")
     for place, (name, number) in enumerate(STAGES):
         lit = here in (0, number)
         axes.add_patch(FancyBboxPatch((place - 0.42, -0.6), 0.84, 1.2, boxstyle="round,pad=0,rounding_size=0.08", mutation_aspect=2,
                                       fc="#1f5fa8" if lit else "#eef1f5", ec="#1f5fa8" if lit else "#c3cad3"))
-        axes.text(place, 0, f"{number:02}\n{name}", ha="center", va="center", fontsize=7.5, linespacing=1.3,
+        axes.text(place, 0, f"{number:02}\n{name}", ha="center", va="center", fontsize=6.5 if "\n" not in name else 5.6, linespacing=1.25,
                   color="white" if lit else "0.3")
         if place: axes.annotate("", (place - 0.41, 0), (place - 0.59, 0), arrowprops={"arrowstyle": "->", "color": "0.5", "lw": 0.8})
     buffer = io.BytesIO()
