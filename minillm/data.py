@@ -9,7 +9,7 @@ __all__ = ['DIVIDER', 'SKIP', 'TALE_CORPORA', 'PYTHON', 'HUB', 'NAMES', 'ENDINGS
            'json_lines', 'column', 'find_files', 'read_files', 'write_tokens', 'describe', 'groups', 'tokenize',
            'TokenFile', 'collate', 'send', 'Windows', 'need_tokens', 'Packed', 'bucketed', 'document_rows', 'Documents',
            'known_world', 'tale_floor', 'Batches', 'prepare', 'tokenize_once', 'token_path', 'within', 'reachable',
-           'open_rows', 'open_hub', 'articles', 'tinyshakespeare']
+           'open_rows', 'hub_is_offline', 'open_hub', 'articles', 'tinyshakespeare']
 
 # %% ../notebooks/03_data.ipynb #imports
 import ast
@@ -642,11 +642,17 @@ def open_rows(source: str, config: str | None = None, streaming: bool = True, **
     from datasets import load_dataset  # here, since it takes seconds and most corpora do without
     return load_dataset(source, config, streaming=streaming, **options)
 
-def open_hub(source: str, config: str | None = None) -> Mapping[str, Iterable]:
-    "The parts of a data set of the hub. Offline: a copy from before, else ValueError within 10 seconds."
+def hub_is_offline() -> bool:
+    """Whether the Hugging Face hub cannot be asked: HF_HUB_OFFLINE says so, or nobody answers within 3 seconds. Then
+    that variable is set, which the hub's library reads at its import: else it retries for half a minute."""
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     offline = offline or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if offline: os.environ["HF_HUB_OFFLINE"] = "1"      # before the import: else the library retries for half a minute
+    if offline: os.environ["HF_HUB_OFFLINE"] = "1"
+    return offline
+
+def open_hub(source: str, config: str | None = None) -> Mapping[str, Iterable]:
+    "The parts of a data set of the hub. Offline: a copy from before, else ValueError within 10 seconds."
+    offline = hub_is_offline()
     try:
         if offline: return within(6, lambda: open_rows(source, config, streaming=False))
         return open_rows(source, config)
