@@ -40,21 +40,21 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     "Everything that fixes a model's shape. A field left at None is worked out; what cannot be is a ValueError."
-    vocab_size: int
+    vocab_size: int                     # V, entries of the tokenizer
     context_length: int                 # longest text in tokens; what may go past it: `max_length`
     d_model: int                        # numbers a token is described by, C
-    n_layers: int
+    n_layers: int                       # blocks on top of each other
     n_heads: int                        # H
     n_kv_heads: int | None = None       # K, heads of keys and values; None: as many as n_heads
     head_dim: int | None = None         # D; None: d_model / n_heads
     d_ff: int | None = None             # F; None: 4 d_model, for swiglu 8/3 d_model up to the next multiple of 64
-    position: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = "rope"
-    rope_theta: float = 10000.0
+    position: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = "rope"    # how order is told: lesson 06
+    rope_theta: float = 10000.0         # RoPE's base; the larger, the slower its slowest wave
     rope_scaling: dict | None = None    # {"kind": "linear" | "llama3", ...}: see RotaryPositions
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = 1e-5
-    norm_position: Literal["pre", "post"] = "pre"
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    norm_eps: float = 1e-5              # added under the norm's root, so that nothing is divided by zero
+    norm_position: Literal["pre", "post"] = "pre"   # before each part, or after the sum as in 2017
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"   # in the feed-forward networks
     bias: bool | Literal["qkv"] = False  # in all linear layers and layernorms; "qkv": for queries, keys and values only
     qk_norm: bool = False               # a norm on each head's queries and keys
     window: int | None = None           # how far back a token looks, itself included; None: to the beginning
@@ -270,7 +270,10 @@ class MiniLLM(nn.Module):
         """ids (B, T) and up to `max_new_tokens` sampled ones, (B, T + N); a row past its `eos_id` is filled with it.
 
         Temperature 0 takes the likeliest token. All rows have the same length; more about sampling in lesson 12.
+        ValueError for a temperature below 0 or a top_k below 1.
         """
+        if temperature < 0: raise ValueError(f"temperature must be 0 (the likeliest token) or more; got {temperature}")
+        if top_k is not None and top_k < 1: raise ValueError(f"top_k must be 1 or more, or None; got {top_k}")
         was_training = self.training
         self.eval()
         try:
@@ -297,7 +300,8 @@ LLAMA32 = {"kind": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_
 MINI = ModelConfig(vocab_size=32000, context_length=512, d_model=384, n_layers=16, n_heads=6, d_ff=1536)
 SMALL = ModelConfig(vocab_size=16000, context_length=512, d_model=384, n_layers=8, n_heads=6, norm="layernorm",
                     activation="gelu")
-TALES = ModelConfig(vocab_size=512, context_length=256, d_model=128, n_layers=3, n_heads=4, d_ff=256)
+TALES = ModelConfig(vocab_size=1024, context_length=256, d_model=128, n_layers=2, n_heads=4, d_ff=256, qk_norm=True,
+                    tie_embeddings=False)
 
 # %% ../notebooks/08_model.ipynb #presets
 PRESETS: dict[str, ModelConfig] = {
