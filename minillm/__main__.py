@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import re
+import secrets
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,9 +25,21 @@ from tyro.constructors import PrimitiveConstructorSpec
 from . import __version__
 from .budget import count_parameters, flops_per_token, inference_memory, training_memory
 from .checkpoints import RunFolder, choose_device, find_model, load_model, packaged_models, read_json, write_json
-from .data import TALE_CORPORA, Batches, TokenFile, load_corpus, prepare, tokenize_once
+from .data import TALE_CORPORA, TokenFile, load_corpus, prepare
+from .evaluation import (
+    is_tale,
+    load_choices,
+    plot_report,
+    score_choices,
+    score_tales,
+    tale_report,
+    tell_tales,
+    text_report,
+    training_record,
+)
 from .model import PRESETS, MiniLLM, ModelConfig, check_choice
 from .sampling import GenerationConfig, Generator
+from .scaling import missing_jobs, run_sweep, save_results
 from .tales import TaleError, TaleWorld, join, words
 from .tokenizer import (
     PATTERNS,
@@ -48,7 +61,6 @@ from .training import (
     make_recipe,
     plot_losses,
 )
-from .training import evaluate as evaluate_model
 from .training import train as train_model
 
 PROGRAM = "python -m minillm"
@@ -81,7 +93,7 @@ def quickstart(*, seed: int = 0, out_dir: str = "runs/quickstart", plots: Path =
     history.plot(plots / "quickstart.png")
     result = history.evaluations[max(history.evaluations)]
     report_evaluation(result)
-    report_tales(generator, world, samples, seed, result.excess, show=2)
+    report_told("short", tell_tales(generator, samples, seed=seed), result.excess, show=2)
     print(f"\nThe curve: {plots / 'quickstart.png'}. Now try:\n"
           f"  {PROGRAM} generate {recipe.train.out_dir} --prompt \"Once upon a time\"")
 
@@ -174,18 +186,22 @@ def chat(model: ModelName, *, device: str = "auto", sampling: Sampling = Generat
 
 
 def evaluate(model: ModelName, *, data: str | None = None, field: str | None = None, max_samples: int | None = None,
-             samples: int = 200, batch_size: int = 16, sequence_length: int | None = None, seed: int = 0,
+             samples: int | None = None, json: Path | None = None, sequence_length: int | None = None,
+             stride: int | None = None, choices: Path | None = None, shots: int = 0, seed: int = 0,
              device: str = "auto") -> None:
-    """Loss and perplexity on unseen text; on tales also the floor, the excess and how many told tales are valid.
+    """What a model is worth on unseen text: loss, bits a byte; on tales the excess, what is valid and new, and skills.
 
     Args:
         model: a run, a saved model's folder, or a packaged name
         data: a corpus, whose validation part is taken; None: what the model was trained on. Tales are told afresh
         field: the column that holds the text; None: as in training
         max_samples: documents to read; None: 1,000 of tales, as in training of others
-        samples: tales that the model tells, and that are checked
-        batch_size: rows in a batch
-        sequence_length: tokens in a row; None: as in training, and the context length for tales
+        samples: texts that the model tells, and that are checked; None: 200 tales, 20 others
+        json: a file for all figures; a picture of the same name is drawn beside it
+        sequence_length: tokens that the model sees at a time in text that is no tale; None: its context length
+        stride: tokens from one such window to the next; None: half a window
+        choices: multiple-choice questions, a .jsonl file of {"context", "choices", "answer"}, asked as well
+        shots: questions at the file's beginning that are shown answered before each of the others
         seed: of the tales, told and checked
         device: auto, cpu, cuda or mps
     """
@@ -196,13 +212,43 @@ def evaluate(model: ModelName, *, data: str | None = None, field: str | None = N
     if data and data != known: recipe = dataclasses.replace(recipe, max_samples=None)
     recipe = dataclasses.replace(recipe, data=data or known, field=field or recipe.field,
                                  max_samples=max_samples or recipe.max_samples)
-    tokens = unseen(recipe, tokenizer, max_samples or 1000, seed)
-    length = sequence_length or (not tokens.world and recipe.train.sequence_length) or found.config.context_length
-    batches = Batches(tokens, tokenizer, batch_size=batch_size, sequence_length=length,
-                      kind="documents" if tokens.world else "windows")
-    report_evaluation(result := evaluate_model(found, batches))
-    if result.excess is not None and samples:
-        report_tales(generator, TaleWorld(tokens.world, seed=seed), samples, seed, result.excess)
+    if recipe.data in TALE_CORPORA:
+        report, texts = tale_report(generator, TALE_CORPORA[recipe.data], tales=max_samples or 1000,
+                                    samples=200 if samples is None else samples, seed=seed,
+                                    training=training_record(model))
+        report_tales(report, texts)
+    else:
+        files = token_files(recipe, tokenizer)
+        training, unseen = (decoded(part, tokenizer) for part in files)
+        report, texts = text_report(generator, unseen, window=sequence_length, stride=stride,
+                                    samples=20 if samples is None else samples, seed=seed, training=training)
+        report_text(report)
+    if choices: report["choices"] = ask_choices(generator, choices, shots)
+    if json: write_report(json, {"model": model, "data": recipe.data, "parameters": found.num_parameters(), **report})
+
+
+def race(run: ModelName, *, tales: int = 1000, seed: int | None = None, device: str = "auto") -> None:
+    """The race to the floor: nats a tale over it on freshly told tales of the full world, the same way for everybody.
+
+    A model may have 1,000,000 parameters and have been trained on 10,000,000 tokens of the full world's tales.
+
+    Args:
+        run: a run's folder, or a packaged name
+        tales: how many are told
+        seed: of the tales; None: a fresh one, which is printed so that a score can be repeated
+        device: auto, cpu, cuda or mps
+    """
+    found, tokenizer, _ = load_model(run, device, "float32")
+    record = training_record(run)
+    if refusal := not_in_race(found, record): raise ValueError(f"{run} cannot race: {refusal}")
+    if seed is None: seed = secrets.randbits(48)
+    world = TaleWorld("full", seed=seed)
+    scores = score_tales(found, tokenizer, world, (tale.text for tale in world.tales(tales)))
+    excess = scores.excess
+    print(f"{found.num_parameters():,} parameters, {record['tokens']:,} tokens of training (by the run's own log)")
+    print(f"{tales:,} tales of the full world, version {world.version}, told with --seed {seed}")
+    print(f"{excess.value:.3f} nats a tale over the floor of {scores.floor:.3f} ({excess.value / scores.floor:.2%}); "
+          f"95 % interval {excess.low:.3f} to {excess.high:.3f}")
 
 
 def info(name: Annotated[str, Positional, arg(metavar="PRESET|MODEL")] = "", *, batch_size: int = 1,
@@ -230,6 +276,34 @@ def info(name: Annotated[str, Positional, arg(metavar="PRESET|MODEL")] = "", *, 
     print(f"FLOPs a token  {forward:,} forward, {both:,} in training")
     shape = [f"{field} = {value}" for field, value in config.to_dict().items()]
     print(f"{'shape':15}" + f"\n{'':15}".join(shape))
+
+
+def scaling(*, out_dir: Path = Path("runs/scaling"), results: Path | None = None, max_minutes: float = math.inf) -> None:
+    """The sweep behind lesson 15: small models of many sizes and lengths of training. Killed, it goes on where it was.
+
+    All of it is some hours of one CPU core; one process at a time. The package's own results are remade by
+    `--results minillm/scaling.json`.
+
+    Args:
+        out_dir: the sweep's folder
+        results: the file for points and forecast, written after each point; None: scaling.json in OUT_DIR
+        max_minutes: no further point is begun after so many
+    """
+    torch.set_num_threads(1)
+    target = results or out_dir / "scaling.json"
+
+    def report(points: list[dict]) -> None:
+        save_results(out_dir, target)
+        for p in points:
+            unit = p["documents"] if p["floor"] else p["targets"]
+            loss = f"{p['nats'] / unit:8.3f} nats a {'tale' if p['floor'] else 'token'}"
+            above = f", {(p['nats'] - p['floor']) / unit:7.3f} over the floor" if p["floor"] else ""
+            print(f"{p['corpus']:11} width {p['width']:4} {p['tokens']:>11,} tokens {'' if p['cooled'] else 'not '}cooled"
+                  f" {loss}{above}", flush=True)
+
+    rows = run_sweep(out_dir, report, max_seconds=60 * max_minutes)
+    save_results(out_dir, target)
+    print(f"{len(rows)} points in {target}; {len(missing_jobs(rows))} branches to go")
 
 
 # ---- what they share -----------------------------------------------------------------------------------------------
@@ -337,11 +411,46 @@ def data_folder(out_dir: str | None = None) -> Path:
     return Path(out_dir or os.environ.get("MINILLM_CACHE", "~/.cache/minillm")).expanduser() / "data"
 
 
-def unseen(recipe: Recipe, tokenizer: Tokenizer, n_tales: int, seed: int) -> TokenFile:
-    "Text that a model was not trained on: tales told afresh, or the corpus's validation part."
-    if recipe.data not in TALE_CORPORA: return token_files(recipe, tokenizer)[1]
-    corpus = load_corpus(recipe.data, "validation", max_samples=n_tales, seed=1_000_000 + seed)
-    return tokenize_once(corpus, tokenizer, data_folder(recipe.train.out_dir), progress=False)
+def decoded(tokens: TokenFile, tokenizer: Tokenizer) -> Iterator[str]:
+    "The documents of a token file, as text."
+    for begin, end in itertools.pairwise(tokens.documents.tolist()): yield tokenizer.decode(tokens.tokens[begin+1:end])
+
+
+RACE = {"data": "tales", "parameters": 1_000_000, "tokens": 10_000_000}
+
+
+def not_in_race(model: MiniLLM, record: Mapping) -> str:
+    "Why a model may not race; nothing if it may."
+    if (n := model.num_parameters()) > RACE["parameters"]:
+        return f"it has {n:,} parameters, and {RACE['parameters']:,} are allowed"
+    if model.config.prefix: return "with prefix > 0 it sees the words that it is to predict"
+    if not record: return f"nobody recorded what it was trained on; train it by `{PROGRAM} train --data tales`"
+    if other := set(record["data"]) - {RACE["data"]}:
+        return f"it was trained on {', '.join(sorted(other))}, and only {RACE['data']!r}, the full world, is allowed"
+    if (n := record["tokens"]) > RACE["tokens"]:
+        return f"it was trained on {n:,} tokens, and {RACE['tokens']:,} are allowed"
+    return ""
+
+
+def ask_choices(generator: Generator, path: Path, shots: int) -> dict:
+    "The scores of multiple-choice questions in a file, of which the first `shots` are examples."
+    items = load_choices(path)
+    if not 0 <= shots < len(items): raise ValueError(f"shots is {shots}, and {path} has {len(items)} questions")
+    score = score_choices(generator.model, generator.tokenizer, items[shots:], examples=items[:shots])
+    print(f"{score.accuracy.value:.1%} of {score.accuracy.n} questions right, {score.by_length.value:.1%} when costs "
+          f"are divided by length; {score.chance:.1%} by chance")
+    return {"questions": score.accuracy.n, "shots": shots, "accuracy": score.accuracy.value,
+            "interval": [score.accuracy.low, score.accuracy.high], "accuracy_by_length": score.by_length.value,
+            "chance": score.chance}
+
+
+def write_report(path: Path, report: dict) -> None:
+    "All figures of an evaluation as JSON, and a picture of them beside it."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, report)
+    picture = path.with_suffix(".png")
+    plot_report(report).savefig(picture, dpi=150)
+    print(f"\nThe report: {path}; its picture: {picture}")
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -398,20 +507,42 @@ def report_evaluation(result: Evaluation) -> None:
           f"{result.excess:.2f} ({100 * (result.nats - result.floor) / result.floor:.1f} %) over the floor")
 
 
-def report_tales(generator: Generator, world: TaleWorld, samples: int, seed: int, excess: float,
-                 show: int = 1) -> None:
-    "Lets the model tell `samples` tales at temperature 1, checks each against the world, and shows some."
-    texts = []
-    for first in range(0, samples, 50):
-        texts += generator.generate([""] * min(50, samples - first), temperature=1.0, top_k=None, top_p=1.0,
-                                    max_new_tokens=generator.model.config.context_length, seed=seed + first)
-    valid = [text for text in texts if world.log_prob(text) > -math.inf]
+def report_tales(report: Mapping, texts: list[str], show: int = 1) -> None:
+    "What a `tale_report` found: the price, what is valid and new, the skills; and some of the tales."
+    floor, excess, (low, high) = (report[k] for k in ("floor_nats_per_tale", "excess_nats_per_tale", "excess_interval"))
+    print(f"loss {report['loss_nats_per_token']:.4f} nats a token, perplexity {report['perplexity']:,.3f}, on "
+          f"{report['tokens']:,} tokens; {report['bits_per_byte']:.4f} bits a byte")
+    print(f"{floor + excess:.2f} nats a tale; no model can do better than {floor:.2f} on average: {excess:.2f} "
+          f"({report['excess_percent']:.1f} %) over the floor; 95 % interval {low:.2f} to {high:.2f}")
+    print("of which " + ", ".join(f"{kind} {k['excess']:.2f}" for kind, k in report["excess_by_kind"].items()))
+    if texts: report_told(report["world"], texts, excess, report["new_share"], show)
+    if "skills" in report:
+        print("\nright answers (chance): " + ", ".join(f"{skill} {s['accuracy']:.0%} ({s['chance']:.0%})"
+                                                       for skill, s in report["skills"].items()))
+
+
+def report_told(world_name: str, texts: list[str], excess: float, new_share: float | None = None,
+                show: int = 1) -> None:
+    "How many of the told tales are valid, and new; and some of them, up to the word that fails."
+    world, samples = TaleWorld(world_name), len(texts)
+    valid = [text for text in texts if is_tale(world, text)]
     print(f"{len(valid)} of {samples} tales told at temperature 1 are valid ({len(valid) / max(samples, 1):.0%}); "
           f"at least exp(-{excess:.2f}) = {math.exp(-excess):.0%} must be, on average")
+    if new_share is not None: print(f"{new_share:.1%} of the valid ones are new: not among the tales of its training")
     for text in valid[:show]: print(f"\n  {text}")
     for text in [text for text in texts if text not in valid][:show]:
         try: world.parse(text)
         except TaleError as error: print(f"\n  {join(words(text)[:error.position])} >>> {error}")
+
+
+def report_text(report: Mapping) -> None:
+    "What a `text_report` found."
+    print(f"loss {report['loss_nats_per_token']:.4f} nats a token, perplexity {report['perplexity']:,.3f}, on "
+          f"{report['tokens']:,} tokens, {report['documents']:,} documents; {report['bits_per_byte']:.4f} bits a byte")
+    if report["lossy"]: print(f"{report['lossy']:,} documents hold what the tokenizer cannot spell: that cost nothing")
+    if "copied_words_most" in report:
+        print(f"the longest span it copied from its training: {report['copied_words_most']} words (median "
+              f"{report['copied_words_median']:.0f}): {report['copied_most']}")
 
 
 def gigabytes(n_bytes: float) -> str: return f"{n_bytes / 1e9:,.2f} GB" if n_bytes > 1e8 else f"{n_bytes / 1e6:.1f} MB"
@@ -497,7 +628,8 @@ def parse_train(arguments: list[str]) -> Recipe:
 
 
 COMMANDS: dict[str, Callable] = {"quickstart": quickstart, "tokenize": tokenize, "train": train, "plot": plot,
-                                 "generate": generate, "chat": chat, "evaluate": evaluate, "info": info}
+                                 "generate": generate, "chat": chat, "evaluate": evaluate, "race": race, "info": info,
+                                 "scaling": scaling}
 
 USAGE = f"usage: {PROGRAM} COMMAND [OPTIONS]\n\n" + "\n".join(
     f"  {name:11} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()) + (
