@@ -1,0 +1,88 @@
+"""What was tried for the recipes of the packaged tales: each variant gets the same time of one CPU core, and is then measured.
+
+    python tools/search.py tales-short 60      sixty seconds of training a variant, each appended to tools/search.json
+    python tools/search.py tales 90 "3 layers" "d_model 192"       these variants only
+    python tools/search.py                     the table of what was tried, as README.md shows it
+
+The seconds are the process's own, so a busy machine is no excuse. A variant that stands in the file is not run again.
+"""
+import dataclasses
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from minillm.__main__ import start_model
+from minillm.checkpoints import read_json, write_json
+from minillm.data import Batches, load_corpus, prepare, tokenize_once
+from minillm.model import MiniLLM
+from minillm.tokenizer import Tokenizer
+from minillm.training import evaluate, load_recipe, train
+
+RESULTS = Path(__file__).with_name("search.json")
+COMMON = {"max_samples": 16_000, "evaluate_every": 1_000_000, "progress": False}
+VARIANTS = {
+    "the recipe": {},
+    "tied embeddings": {"tie_embeddings": True},
+    "no norm on queries and keys": {"qk_norm": False},
+    "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
+    "AdamW, 1e-2": {"optimizer": "adamw", "learning_rate": 1e-2},
+    "Muon, 5e-3": {"learning_rate": 5e-3},
+    "Muon, 2e-2": {"learning_rate": 2e-2},
+    "cosine schedule": {"schedule": "cosine"},
+    "4 tales a step": {"batch_size": 4},
+    "16 tales a step": {"batch_size": 16},
+    "1 layer": {"n_layers": 1},
+    "3 layers": {"n_layers": 3},
+    "4 layers": {"n_layers": 4},
+    "d_model 64": {"d_model": 64, "n_heads": 2, "d_ff": 128},
+    "d_model 192": {"d_model": 192, "n_heads": 6, "d_ff": 384},
+    "learned positions": {"position": "learned"},
+    "ALiBi": {"position": "alibi"},
+    "512 tokens in the vocabulary": {"tokenizer": "bpe:512:tales"},
+}
+
+
+def try_variant(name: str, changes: dict, seconds: float, folder: str) -> dict:
+    "Train one variant of the recipe `name` for so many seconds of CPU time; what it reached on 500 unseen tales."
+    recipe = load_recipe(name, **{**COMMON, **changes})
+    files = prepare(recipe.data, start_model(recipe)[1], folder, max_samples=recipe.max_samples, progress=False)[0]
+    def run(steps: int) -> tuple[float, MiniLLM, Tokenizer]:
+        model, tokenizer = start_model(recipe)
+        start = time.process_time()
+        train(model, files, dataclasses.replace(recipe.train, steps=steps), tokenizer=tokenizer)
+        return time.process_time() - start, model, tokenizer
+    a_step = (run(40)[0] - run(10)[0]) / 30
+    steps = max(50, round(seconds / a_step))
+    spent, model, tokenizer = run(steps)
+    tales = load_corpus(recipe.data, "validation", max_samples=500, seed=3_000_000)
+    batches = Batches(tokenize_once(tales, tokenizer, folder, progress=False), tokenizer, batch_size=16,
+                      sequence_length=model.config.context_length, kind="documents")
+    result = evaluate(model, batches)
+    return {"parameters": model.num_parameters(), "steps": steps, "seconds": round(spent),
+            "excess_nats_per_tale": round(result.excess, 2)}
+
+
+def table(results: dict) -> str:
+    "What was tried, the best first."
+    rows = ["| variant | parameters | steps | CPU seconds | nats a tale over the floor |", "|---|---|---|---|---|"]
+    for name, r in sorted(results.items(), key=lambda row: row[1]["excess_nats_per_tale"]):
+        rows.append(f"| {name} | {r['parameters']:,} | {r['steps']:,} | {r['seconds']} | {r['excess_nats_per_tale']:.2f} |")
+    return "\n".join(rows)
+
+
+def main(name: str = "", seconds: str = "60", *wanted: str) -> None:
+    results = read_json(RESULTS) if RESULTS.exists() else {}
+    torch.set_num_threads(1)
+    for variant, changes in VARIANTS.items() if name else ():
+        tried = results.setdefault(name, {})
+        if variant in tried or (wanted and variant not in wanted): continue
+        with tempfile.TemporaryDirectory() as folder: tried[variant] = try_variant(name, changes, float(seconds), folder)
+        write_json(RESULTS, results)
+        print(variant, tried[variant], flush=True)
+    for recipe, tried in results.items(): print(f"\n{recipe}\n\n{table(tried)}")
+
+
+if __name__ == "__main__": main(*sys.argv[1:])
