@@ -6,7 +6,7 @@
 __all__ = ['DIVIDER', 'SKIP', 'TALE_CORPORA', 'PYTHON', 'HUB', 'NAMES', 'ENDINGS', 'MAGIC', 'HEADER_BYTES', 'IGNORE', 'KINDS',
            'OFFLINE', 'SHAKESPEARE', 'docstrings', 'library_files', 'pycode', 'pydocs', 'in_validation', 'Corpus',
            'told', 'mix', 'mixture_weights', 'load_corpus', 'find_source', 'corpus_key', 'read_text', 'text_documents',
-           'json_lines', 'column', 'find_files', 'read_files', 'write_tokens', 'describe', 'groups', 'tokenize',
+           'json_lines', 'column', 'find_files', 'read_files', 'groups', 'tokenize', 'write_tokens', 'describe',
            'TokenFile', 'collate', 'send', 'Windows', 'need_tokens', 'Packed', 'bucketed', 'document_rows', 'Documents',
            'known_world', 'tale_floor', 'Batches', 'prepare', 'tokenize_once', 'token_path', 'within', 'reachable',
            'open_rows', 'hub_is_offline', 'open_hub', 'articles', 'tinyshakespeare']
@@ -290,6 +290,32 @@ def read_files(files: list[Path], field: str = "text") -> Iterator[str]:
             yield from column(open_rows("parquet", data_files=str(path))["train"], field, str(path))
         else: yield from text_documents(read_text(path), size)
 
+# %% ../notebooks/03_data.ipynb #tokenize
+MAGIC, HEADER_BYTES = b"minillm tokens 1\n", 4096
+
+def groups(documents: Iterable[str], characters: int = 1 << 18) -> Iterator[list[str]]:
+    "Lists of documents that together hold at least so many characters: what is in memory at one time."
+    group, size = [], 0
+    for document in documents:
+        group.append(document)
+        size += len(document)
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group: yield group
+
+def tokenize(corpus: Iterable[str], tokenizer, path, *, progress: bool = True) -> "TokenFile":
+    """Write the documents of `corpus` as tokens to the file `path`, and open it. Nothing stands at `path` before it is
+    whole. Layout: header, eos, each document's tokens and an eos, the positions of all eos. ValueError: no text."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w+b") as file: write_tokens(file, corpus, tokenizer, progress)
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+    return TokenFile(path)
+
 # %% ../notebooks/03_data.ipynb #write-tokens
 def write_tokens(file, corpus: Iterable[str], tokenizer, progress: bool) -> None:
     "Tokens of `corpus` into an open binary file, in memory that does not grow with it. The header is written last."
@@ -326,32 +352,6 @@ def describe(corpus: Iterable[str]) -> dict:
     "What a token file's header says of its corpus; any iterable of texts will do for one."
     return {"corpus": getattr(corpus, "name", "text")[:500], "split": getattr(corpus, "split", "train"),
             "world": getattr(corpus, "world", None), "world_version": getattr(corpus, "world_version", None)}
-
-# %% ../notebooks/03_data.ipynb #tokenize
-MAGIC, HEADER_BYTES = b"minillm tokens 1\n", 4096
-
-def groups(documents: Iterable[str], characters: int = 1 << 18) -> Iterator[list[str]]:
-    "Lists of documents that together hold at least so many characters: what is in memory at one time."
-    group, size = [], 0
-    for document in documents:
-        group.append(document)
-        size += len(document)
-        if size >= characters:
-            yield group
-            group, size = [], 0
-    if group: yield group
-
-def tokenize(corpus: Iterable[str], tokenizer, path, *, progress: bool = True) -> "TokenFile":
-    """Write the documents of `corpus` as tokens to the file `path`, and open it. Nothing stands at `path` before it is
-    whole. Layout: header, eos, each document's tokens and an eos, the positions of all eos. ValueError: no text."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w+b") as file: write_tokens(file, corpus, tokenizer, progress)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-    return TokenFile(path)
 
 # %% ../notebooks/03_data.ipynb #token-file
 class TokenFile:
