@@ -28,7 +28,8 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     """
     c = config
     ups = 2 if c.activation == "swiglu" else 1
-    of_attention = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.bias is not False) + c.d_model * (c.bias is True)
+    of_attention = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.bias is not False)
+    of_attention += c.d_model * (c.bias in (True, "attention"))
     of_networks = (ups * c.d_ff + c.d_model) * max(1, c.n_experts) * (c.bias is True)
     normalised = c.n_layers * 2 * (c.d_model + c.head_dim * c.qk_norm) + c.d_model * (c.norm_position == "pre")
     return {"embedding": c.vocab_size * c.d_model,

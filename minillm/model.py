@@ -55,7 +55,7 @@ class ModelConfig:
     norm_eps: float = 1e-5              # added under the norm's root, so that nothing is divided by zero
     norm_position: Literal["pre", "post"] = "pre"   # before each part, or after the sum as in 2017
     activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"   # in the feed-forward networks
-    bias: bool | Literal["qkv"] = False  # in all linear layers and layernorms; "qkv": for queries, keys and values only
+    bias: bool | Literal["qkv", "attention"] = False    # in all linear layers and layernorms, or in those named only
     qk_norm: bool = False               # a norm on each head's queries and keys
     window: int | None = None           # how far back a token looks, itself included; None: to the beginning
     global_every: int = 0               # every n-th layer looks at everything in spite of the window; 0: none does
@@ -103,7 +103,7 @@ class ModelConfig:
 # %% ../notebooks/08_model.ipynb #config-choices
 CONFIG_FIELDS: dict[str, object] = get_type_hints(ModelConfig)
 CONFIG_CHOICES = {name: get_args(hint) for name, hint in CONFIG_FIELDS.items() if get_origin(hint) is Literal}
-CONFIG_CHOICES["bias"] = (False, True, "qkv")
+CONFIG_CHOICES["bias"] = (False, True, "qkv", "attention")
 MAY_BE_ZERO = {"global_every", "sinks", "prefix", "n_experts", "n_active_experts"}
 
 DERIVED: dict[str, Callable[[ModelConfig], int]] = {
@@ -187,9 +187,10 @@ def make_mlp(c: ModelConfig) -> nn.Module:
 
 def make_block(c: ModelConfig, layer: int) -> Block:
     "The block number `layer`."
+    qk_norm = partial(make_norm, c) if c.qk_norm else None
     attention = Attention(c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, bias=c.bias is not False,
-                          output_bias=c.bias is True, dropout=c.dropout, window=c.windows[layer], sinks=c.sinks,
-                          prefix=c.prefix, qk_norm=partial(make_norm, c) if c.qk_norm else None, layer=layer)
+                          output_bias=c.bias in (True, "attention"), dropout=c.dropout, window=c.windows[layer],
+                          sinks=c.sinks, prefix=c.prefix, qk_norm=qk_norm, layer=layer)
     kind = Block if c.norm_position == "pre" else PostNormBlock
     return kind(attention, make_mlp(c), make_norm(c, c.d_model), make_norm(c, c.d_model), dropout=c.dropout)
 

@@ -55,7 +55,7 @@ def test_presets_have_as_many_parameters_as_is_counted(name):
 
 
 def test_every_combination_of_options_is_counted():
-    options = {"norm": ["rmsnorm", "layernorm"], "bias": [False, True, "qkv"], "position": ["learned"],
+    options = {"norm": ["rmsnorm", "layernorm"], "bias": [False, True, "qkv", "attention"], "position": ["learned"],
                "activation": ["swiglu", "relu"], "qk_norm": [False, True], "n_experts": [0, 3], "tie_embeddings": [True, False],
                "norm_position": ["pre", "post"], "head_dim": [16]}
     for values in itertools.product(*options.values()):

@@ -18,7 +18,7 @@ KINDS = {
     "linear scaling": dict(rope_scaling={"kind": "linear", "factor": 4.0}), "llama3 scaling": dict(rope_scaling=LLAMA3),
     "learned": dict(position="learned", **GPT), "sinusoidal": dict(position="sinusoidal", **GPT),
     "alibi": dict(position="alibi", **GPT), "none": dict(position="none"), "qk norm": dict(qk_norm=True),
-    "post-norm": dict(norm_position="post", **GPT), "qkv bias": dict(bias="qkv"),
+    "post-norm": dict(norm_position="post", **GPT), "qkv bias": dict(bias="qkv"), "attention bias": dict(bias="attention"),
     "experts": dict(n_experts=4, n_active_experts=2), "untied, relu": dict(tie_embeddings=False, activation="relu"),
     "window": dict(window=7), "window, grouped": dict(window=7, n_kv_heads=2),
     "local and global": dict(window=7, global_every=3), "window, sinks": dict(window=7, sinks=3),
