@@ -3,13 +3,19 @@ PYTHON ?= python3
 BIN = .venv/bin
 LESSON ?=
 
-.PHONY: quickstart test lab write text export store figures address lint wheel
+.PHONY: quickstart test test-llama test-lm-eval lab write text export store figures address lint wheel
 
 quickstart: .venv/.ok            ## train a small model on tales and let it tell some
 	OMP_NUM_THREADS=1 $(BIN)/python -m minillm quickstart
 
 test: .venv/.test                ## every test and every lesson
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=600
+
+test-llama: .venv/.llama         ## our GGUF files in llama.cpp itself, which is built first: about four minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_gguf.py
+
+test-lm-eval: .venv/.lm-eval     ## our models in lm-evaluation-harness
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_harness.py
 
 lab: .venv/.ok                   ## the lessons in JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -43,4 +49,12 @@ lint: .venv/.test
 
 .venv/.test: .venv/.ok requirements-test.txt
 	$(BIN)/python -m pip install -q -r requirements-test.txt
+	@touch $@
+
+.venv/.llama: .venv/.test
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF" $(BIN)/python -m pip install -q llama-cpp-python
+	@touch $@
+
+.venv/.lm-eval: .venv/.test
+	$(BIN)/python -m pip install -q lm-eval
 	@touch $@
