@@ -1,6 +1,7 @@
 """Laws that were planted are found again; the sweep's branches are runs; killed, it goes on; its results are what the lesson says."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,13 +119,13 @@ def test_a_wild_point_bends_squares_and_not_huber():
 def test_intervals_cover_what_was_planted_about_as_often_as_they_say():
     law, sizes, losses = planted()
     rng, hits = np.random.default_rng(0), np.zeros(3)
-    for seed in range(40):
+    for seed in range(30):
         noisy = 36 + (losses - 36) * np.exp(0.05 * rng.normal(size=len(losses)))
-        blind, known = (bootstrap(sizes, noisy, floor, samples=100, seed=seed) for floor in (None, 36.0))
+        blind, known = (bootstrap(sizes, noisy, floor, samples=60, seed=seed) for floor in (None, 36.0))
         for k, (values, truth) in enumerate([(blind.floor, 36.0), (blind.exponent[:, 1], 0.7), (known.exponent[:, 1], 0.7)]):
             low, high = interval(values)
             hits[k] += low <= truth <= high
-    assert (hits >= 22).all() and hits.sum() < 117, hits       # 32 of 40 each, if 80 % is 80 %
+    assert (hits >= 17).all() and hits.sum() < 88, hits       # 24 of 30 each, if 80 % is 80 %
 
 
 def test_groups_are_drawn_together():
@@ -161,12 +162,25 @@ def test_the_family_spans_what_the_course_promises():
 # ---- the sweep -----------------------------------------------------------------------------------------------------
 
 
+TODO = [("tales-short", width, steps) for steps in (10, 20) for width in (8, 16)]
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    "The folder of a sweep with its data and nothing else: enough for 60 steps."
+    folder = tmp_path_factory.mktemp("sweep")
+    scaling.sweep_data("tales-short", folder, steps=60)
+    return folder / "data"
+
+
 @pytest.fixture
-def small(monkeypatch):
-    "A sweep of seconds: two widths, two branches."
-    monkeypatch.setattr(scaling, "WIDTHS", (8, 16))
+def small(monkeypatch, tokens, tmp_path):
+    "A sweep of seconds: two widths, two branches, on data that is there; measured on a few tales."
+    shutil.copytree(tokens, tmp_path / "data")
+    data, measure = scaling.sweep_data("tales-short", tmp_path, steps=60), scaling.measure
     monkeypatch.setattr(scaling, "STEPS", (10, 20))
-    return [("tales-short", width, steps) for steps in (10, 20) for width in (8, 16)]
+    monkeypatch.setattr(scaling, "sweep_data", lambda corpus, folder: data)
+    monkeypatch.setattr(scaling, "measure", lambda run, data, max_batches: measure(run, data, 4))
+    return TODO
 
 
 def test_a_branch_is_the_run_that_never_branched(small, tmp_path):
@@ -203,9 +217,11 @@ def test_no_point_is_begun_after_the_time_is_up(small, tmp_path):
 def test_a_killed_sweep_ends_as_one_that_was_not(small, tmp_path):
     script = """
 import sys; from pathlib import Path; from minillm import scaling
-scaling.run_sweep(Path(sys.argv[1]), lambda points: print(points, flush=True), todo=[("tales-short", 8, s) for s in (20, 40, 60)])
+data, measure = scaling.sweep_data("tales-short", Path(sys.argv[1]), steps=60), scaling.measure
+scaling.sweep_data = lambda corpus, folder: data
+scaling.measure = lambda run, data, max_batches: measure(run, data, 4)
+scaling.run_sweep(sys.argv[1], lambda points: print(points, flush=True), todo=[("tales-short", 8, s) for s in (20, 40, 60)])
 """
-    scaling.STEPS = (10, 20)
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     process.stdout.readline()
@@ -224,7 +240,7 @@ def test_results_come_back_as_they_were_saved(small, tmp_path):
     assert scaling.load_results(tmp_path / "results.json") == (rows, None)
     points = as_points(rows, "tales-short")
     assert len(points) == 4 and (points.loss > points.floor).all()
-    assert (points.flops() == points.tokens * [flops_per_token(scaling.family_config(w), round(points.length), True) for w in points.width]).all()
+    assert (points.flops() == points.tokens * [flops_per_token(scaling.family_config(w), round(points.length), True) for w in points.width.tolist()]).all()
     with pytest.raises(ValueError, match="no cooled points of 'pycode'"): as_points(rows, "pycode")
 
 
@@ -234,7 +250,7 @@ def test_the_forecast_is_made_before_the_large_model_and_never_again(small, tmp_
     rows = scaling.run_sweep(tmp_path, todo=[*small, ("tales-short", 16, 30)])
     scaling.run_sweep(tmp_path, todo=[("tales-short", 32, 10)])
     promised = (tmp_path / "forecast.json").read_bytes()
-    assert json.loads(promised)["points"] == len([r for r in rows if r["cooled"]]) and "known" in json.loads(promised)
+    assert json.loads(promised)["points"] == len([r for r in rows if r["cooled"]]) == 5 and "known" in json.loads(promised)
     scaling.run_sweep(tmp_path, todo=[("tales-short", 32, 20)])
     assert (tmp_path / "forecast.json").read_bytes() == promised
 
