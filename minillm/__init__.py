@@ -31,12 +31,13 @@ def __dir__() -> list[str]: return [*__all__, "__version__"]
 
 
 def load(name_or_path: str, device: str = "auto", dtype: str = "auto") -> "Generator":
-    """A `Generator` (with `.model` and `.tokenizer`) from a packaged model's name, a run's or a saved model's folder.
+    """A `Generator` (with `.model` and `.tokenizer`) from whatever is given: a packaged model's name, a run, a saved
+    model's folder, a folder in Hugging Face's format, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
 
-    `device` is "auto", "cpu", "cuda" or "mps"; `dtype` "auto" keeps the type that the weights were saved in.
-    A name or folder that is neither raises FileNotFoundError, which lists the packaged models.
+    `device` is "auto", "cpu", "cuda" or "mps"; `dtype` "auto" keeps the type that the weights were saved in (float32 on
+    a CPU). A name or folder that is none of these raises FileNotFoundError, which lists the packaged models.
     """
-    from .checkpoints import load_model
+    from .interop import open_model
     from .sampling import Generator
-    model, tokenizer, _ = load_model(name_or_path, device=device, dtype=dtype)
+    model, tokenizer, _ = open_model(name_or_path, device=device, dtype=dtype)
     return Generator(model, tokenizer)

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 import tyro
@@ -37,6 +37,7 @@ from .evaluation import (
     text_report,
     training_record,
 )
+from .interop import hub_model_config, is_hub_folder, is_hub_id, open_model, save_pretrained, to_gguf
 from .model import PRESETS, MiniLLM, ModelConfig, check_choice
 from .sampling import GenerationConfig, Generator
 from .scaling import missing_jobs, run_sweep, save_results
@@ -150,7 +151,7 @@ def generate(model: ModelName, *, prompt: str | None = None, prompts: tuple[str,
     """Continue one prompt, several, or what stands on standard input.
 
     Args:
-        model: a run, a saved model's folder, or a packaged name
+        model: a run, a saved model's folder, a packaged name, a folder as Hugging Face has them, or a hub id
         prompt: the text to continue; with none, and nothing on standard input, the model begins by itself
         prompts: several texts to continue, each by itself
         num_samples: continuations of each prompt
@@ -158,7 +159,7 @@ def generate(model: ModelName, *, prompt: str | None = None, prompts: tuple[str,
         sampling: how to continue
     """
     if num_samples < 1: raise ValueError(f"num_samples must be at least 1; it is {num_samples}")
-    generator = Generator.from_checkpoint(model, device)
+    generator = Generator(*open_model(model, device)[:2])
     wanted = [*([] if prompt is None else [prompt]), *prompts]
     if not wanted: wanted = [sys.stdin.read().rstrip("\r\n") if not sys.stdin.isatty() else ""]
     wanted = [text for text in wanted for _ in range(num_samples)]
@@ -170,11 +171,11 @@ def chat(model: ModelName, *, device: str = "auto", sampling: Sampling = Generat
     """Type, and the model goes on with your text as you watch; `quit` ends. It was not trained to answer.
 
     Args:
-        model: a run, a saved model's folder, or a packaged name
+        model: a run, a saved model's folder, a packaged name, a folder as Hugging Face has them, or a hub id
         device: auto, cpu, cuda or mps
         sampling: how to continue
     """
-    session, prompt = Generator.from_checkpoint(model, device).chat(), "> " if sys.stdin.isatty() else ""
+    session, prompt = Generator(*open_model(model, device)[:2]).chat(), "> " if sys.stdin.isatty() else ""
     while True:
         try: text = input(prompt)
         except EOFError: return
@@ -192,7 +193,7 @@ def evaluate(model: ModelName, *, data: str | None = None, field: str | None = N
     """What a model is worth on unseen text: loss, bits a byte; on tales the excess, what is valid and new, and skills.
 
     Args:
-        model: a run, a saved model's folder, or a packaged name
+        model: a run, a saved model's folder, a packaged name, a folder as Hugging Face has them, or a hub id
         data: a corpus, whose validation part is taken; None: what the model was trained on. Tales are told afresh
         field: the column that holds the text; None: as in training
         max_samples: documents to read; None: 1,000 of tales, as in training of others
@@ -205,7 +206,7 @@ def evaluate(model: ModelName, *, data: str | None = None, field: str | None = N
         seed: of the tales, told and checked
         device: auto, cpu, cuda or mps
     """
-    found, tokenizer, about = load_model(model, device, "float32")
+    found, tokenizer, about = open_model(model, device, "float32")
     generator, recorded = Generator(found, tokenizer), run_settings(model)
     recipe, known = make_recipe(recorded), recorded.get("data") or about.get("data")
     if not (data or known): raise ValueError(f"nobody recorded what {model} was trained on: say --data")
@@ -256,7 +257,7 @@ def info(name: Annotated[str, Positional, arg(metavar="PRESET|MODEL")] = "", *, 
     """Parameters, memory and FLOPs a token of a preset, a run or a saved model; without a name, all presets.
 
     Args:
-        name: a preset, a run, a saved model's folder, or a packaged name
+        name: a preset, a run, a saved model's folder, a packaged name, a folder as Hugging Face has them, or a hub id
         batch_size: texts at a time
         sequence_length: tokens in each; None: the context length
     """
@@ -304,6 +305,32 @@ def scaling(*, out_dir: Path = Path("runs/scaling"), results: Path | None = None
     rows = run_sweep(out_dir, report, max_seconds=60 * max_minutes)
     save_results(out_dir, target)
     print(f"{len(rows)} points in {target}; {len(missing_jobs(rows))} branches to go")
+
+
+def export(model: ModelName, *, to: Literal["hf", "gguf"], out: Path | None = None, dtype: str = "auto",
+           tokenizer: bool = True, license: str = "mit") -> None:
+    """Write a model for other programs: a folder that transformers loads and the hub takes, or a file for llama.cpp.
+
+    Args:
+        model: a run, a saved model's folder, a packaged name, a folder as Hugging Face has them, or a hub id
+        to: hf: a folder with config, weights, tokenizer and model card; gguf: one file with model and tokenizer
+        out: the folder or file to write; None: exports/NAME or exports/NAME.gguf
+        dtype: of the weights; hf: float32, bfloat16, float16; gguf: f32, f16, q8_0; auto: float32, f32
+        tokenizer: write it too; without, the other program takes and gives ids
+        license: the licence that the model card names
+    """
+    check_choice("dtype of this export", dtype, ["auto", *(["float32", "bfloat16", "float16"] if to == "hf" else
+                                                           ["f32", "f16", "q8_0"])])
+    found, its_tokenizer, about = open_model(model, "cpu", "float32")
+    taken = its_tokenizer if tokenizer else None
+    target = out or Path("exports") / (Path(model).name + (".gguf" if to == "gguf" else ""))
+    if to == "hf":
+        kept = None if dtype == "auto" else getattr(torch, dtype)
+        save_pretrained(found, taken, target, dtype=kept, info=known_of(model, about), license=license)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        to_gguf(found, taken, target, "f32" if dtype == "auto" else dtype, name=Path(model).name)
+    print(target)
 
 
 # ---- what they share -----------------------------------------------------------------------------------------------
@@ -375,7 +402,9 @@ def start_model(recipe: Recipe) -> tuple[MiniLLM, Tokenizer]:
     started = RunFolder(config.out_dir).latest() if config.resume and config.out_dir else None
     if recipe.init_from:
         if recipe.model: raise ValueError(f"init_from brings its own shape: leave out {', '.join(recipe.model)}")
-        return load_model(started or recipe.init_from, "cpu", "float32")[:2]
+        model, tokenizer, _ = open_model(started or recipe.init_from, "cpu", "float32")
+        if tokenizer is None: raise ValueError(f"{recipe.init_from} has no tokenizer: no text can be made into ids")
+        return model, tokenizer
     spec = str(started.parent / "tokenizer.json") if started else recipe.tokenizer
     tokenizer = make_tokenizer(spec, recipe.data, recipe.field, recipe.max_samples, config.seed)
     check_choice("preset", recipe.preset, PRESETS)
@@ -466,6 +495,15 @@ def run_settings(folder: str | Path) -> dict:
     return {}
 
 
+def known_of(model: str, about: Mapping) -> dict:
+    "What is recorded of a model, for its card: the settings of its run, and its last evaluation."
+    recorded = {name: value for name, value in run_settings(model).items()
+                if name in ("data", "tokenizer", "preset", "steps", "batch_size", "optimizer", "learning_rate", "seed")}
+    last = next((record for record in reversed(RunFolder(model).metrics()) if "validation_loss" in record), {})
+    figures = {"validation_loss_nats_a_token": last.get("validation_loss"), "excess_nats_a_tale": last.get("excess")}
+    return {**recorded, **{name: round(value, 4) for name, value in figures.items() if value is not None}, **about}
+
+
 def free_folder(wanted: str) -> str:
     "`wanted`, or wanted-2, wanted-3, ...: the first that is not there yet."
     names = itertools.chain([wanted], (f"{wanted}-{number}" for number in itertools.count(2)))
@@ -473,8 +511,9 @@ def free_folder(wanted: str) -> str:
 
 
 def find_config(name: str) -> ModelConfig:
-    "The configuration of a preset, or of anything that `find_model` finds, without its weights."
+    "The configuration of a preset, or of anything that `open_model` opens, without its weights."
     if name in PRESETS: return PRESETS[name]
+    if is_hub_folder(name) or is_hub_id(name): return hub_model_config(name)
     try: return ModelConfig.from_dict(read_json(find_model(name)[1])["model"])
     except FileNotFoundError:
         if not Path(name).exists(): check_choice("preset, run or model", name, [*PRESETS, *packaged_models()])
@@ -629,7 +668,7 @@ def parse_train(arguments: list[str]) -> Recipe:
 
 COMMANDS: dict[str, Callable] = {"quickstart": quickstart, "tokenize": tokenize, "train": train, "plot": plot,
                                  "generate": generate, "chat": chat, "evaluate": evaluate, "race": race, "info": info,
-                                 "scaling": scaling}
+                                 "export": export, "scaling": scaling}
 
 USAGE = f"usage: {PROGRAM} COMMAND [OPTIONS]\n\n" + "\n".join(
     f"  {name:11} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()) + (

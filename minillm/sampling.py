@@ -262,7 +262,8 @@ def text_pieces(model: MiniLLM, tokenizer: Tokenizer, prompts: Sequence[Sequence
 class Generator:
     """A model and its tokenizer, ready to write. Keyword arguments are fields of `GenerationConfig`.
 
-    Each text begins with the ids in `begin`, by default the end token, which begins documents in training as well.
+    Each text begins with the ids in `begin`, by default those that the tokenizer says, else the end token, which begins
+    documents in training as well.
     With `compile` the model is compiled at the first use, once for prompts and once for single tokens, of any length
     (it needs a C++ compiler; many seconds, then about half the time a token of a small model).
     """
@@ -273,7 +274,7 @@ class Generator:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
                              "take the tokenizer that the model was trained with")
         self.model, self.tokenizer = model, tokenizer
-        self.begin = [tokenizer.eos_id] if begin is None else list(begin)
+        self.begin = list(tokenizer.begin or [tokenizer.eos_id]) if begin is None else list(begin)
         forward, known = torch.compile(model, dynamic=True) if compile else model, tokenizer.vocab_size
         self.forward = lambda ids, cache: forward(ids, cache)[..., :known]   # models may have rows to spare
 
