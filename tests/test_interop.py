@@ -14,7 +14,15 @@ from torch.nn import functional as F
 
 from minillm import interop
 from minillm.checkpoints import save_model
-from minillm.interop import FAMILIES, config_from_hub, config_to_hub, from_pretrained, open_model, save_pretrained, stored_views
+from minillm.interop import (
+    FAMILIES,
+    config_from_hub,
+    config_to_hub,
+    from_pretrained,
+    open_model,
+    save_pretrained,
+    stored_views,
+)
 from minillm.model import PRESETS, MiniLLM, ModelConfig, continue_ids
 
 GPT = dict(vocab_size=97, n_positions=96, n_embd=48, n_layer=3, n_head=4)

@@ -78,7 +78,7 @@ def test_the_module_prints_its_commands(tmp_path):
     done = process(cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr
     assert all(re.search(rf"^  {name} +\w.{{20,}}", done.stdout, re.M) for name in COMMANDS)
-    assert list(COMMANDS) == "quickstart tokenize train plot generate chat evaluate info".split()
+    assert list(COMMANDS) == "quickstart tokenize train plot generate chat evaluate race info export scaling".split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -87,8 +87,8 @@ def test_each_command_explains_each_of_its_flags(command, say):
     assert status == 0 and printed.startswith(f"usage: python -m minillm {command}")
     text = re.sub(r"[│╭╮╰╯─\s]+", " ", printed).replace("this help message and exit", "(default)")
     flags = re.findall(r" (--[a-z][\w-]*)(?:, --no-[\w-]+)?(?: (?:\{[^}]*\}\S*|\[STR.*?\]\]|[A-Z|{}]+))? (.*?)\((?:default|required)", text)
-    assert {"generate": "--max-new-tokens", "chat": "--top-p", "train": "--learning-rate", "evaluate": "--data",
-            "info": "--batch-size", "plot": "--out", "tokenize": "--tokenizer", "quickstart": "--seed"}[command] in dict(flags)
+    assert {"generate": "--max-new-tokens", "chat": "--top-p", "train": "--learning-rate", "evaluate": "--data", "race": "--tales",
+            "info": "--batch-size", "plot": "--out", "export": "--dtype", "scaling": "--max-minutes", "tokenize": "--tokenizer", "quickstart": "--seed"}[command] in dict(flags)
     known = {"--n-layers", "--position", "--rope-theta", "--norm", "--norm-eps", "--norm-position", "--activation"}
     assert not [flag for flag, said in flags if not said.strip() and flag not in known], "flags without a word of help"
 
@@ -153,6 +153,13 @@ def test_a_text_shorter_than_the_context_is_one_clear_line(say):
     ("plot", "give the folder of one"),
     ("info mini-50", "the nearest is 'mini-50m'"),
     ("tokenize --data mine.txt", "--out-dir"),
+    ("export tales-short", "--to"),
+    ("export tales-short --to onnx", "gguf"),
+    ("export tales-short --to hf --dtype q8_0", "'q8_0' is no dtype of this export"),
+    ("export tales-short --to hf --out mine.txt", "mine.txt holds other things than an exported model"),
+    ("export nowhere --to hf", "'nowhere' is neither a folder nor a packaged model"),
+    ("generate someone/some-model", "'someone/some-model' is no folder here, and the Hugging Face hub does not answer; offline there are"),
+    ("info someone/some-model", "the Hugging Face hub does not answer"),
 ])
 def test_what_makes_no_sense_is_one_clear_complaint(arguments, wanted, say): refused(say(*arguments.split()), wanted)
 
@@ -257,6 +264,51 @@ def test_evaluate_takes_other_data_and_the_runs_own_where_it_now_stands(run, say
     finally: Path("moved").rename(run)
 
 
+def test_evaluate_writes_a_report_and_its_picture(run, say):
+    Path("questions.jsonl").write_text("".join(json.dumps({"context": "Once", "choices": choices, "answer": 0}) + "\n"
+                                               for choices in (["upon", "there was"], ["there", "a"], ["upon a time", "x"])), encoding="utf-8")
+    status, printed, _ = say("evaluate", run, "--max-samples", "20", "--samples", "3", "--json", "reports/tales.json", "--choices", "questions.jsonl",
+                             "--shots", "1")
+    assert status == 0 and "of 2 questions right" in printed and "right answers (chance): hero" in printed
+    report = json.loads(Path("reports/tales.json").read_text())
+    keys = {"excess_nats_per_tale", "excess_interval", "loss_nats_per_token", "floor_nats_per_token", "valid_share", "new_share", "skills", "choices"}
+    assert keys <= report.keys() and report["samples"] == 3 and report["tales"] == 20
+    assert Path("reports/tales.png").read_bytes().startswith(b"\x89PNG")
+    status, printed, _ = say("evaluate", run, "--data", "mine.txt", "--samples", "2", "--json", "reports/text.json", "--stride", "100")
+    assert status == 0 and "bits a byte" in printed and "the longest span it copied" in printed
+    assert {"loss_nats_per_token", "bits_per_byte", "copied_words_most"} <= json.loads(Path("reports/text.json").read_text()).keys()
+    refused(say("evaluate", run, "--max-samples", "2", "--samples", "0", "--choices", "questions.jsonl", "--shots", "3"), "shots is 3, and questions.jsonl has 3")
+
+
+@pytest.fixture(scope="module")
+def racer(place):
+    "A run that may race."
+    assert main(["train", "--data", "tales", "--tokenizer", "bpe:700:tales", "--max-samples", "60", "--steps", "3", "--context-length", "512",
+                 "--out-dir", "racer", *SMALL]) == 0
+    return "racer"
+
+
+def test_the_race_scores_fresh_tales_and_can_be_repeated(racer, say):
+    status, first, complaint = say("race", racer, "--tales", "12")
+    assert status == 0 and not complaint
+    seed, excess, floor = re.search(r"--seed (\d+)\n([\d.]+) nats a tale over the floor of ([\d.]+)", first).groups()
+    assert float(excess) > float(floor) and f"{sum(r['tokens'] for r in RunFolder(racer).metrics() if 'loss' in r):,} tokens of training" in first
+    assert say("race", racer, "--tales", "12", "--seed", seed) == (0, first, "")
+    assert f"--seed {seed}\n" not in say("race", racer, "--tales", "12")[1], "fresh every time"
+
+
+def test_who_may_not_race_is_told_why(racer, run, say, monkeypatch):
+    refused(say("race", run), "run cannot race: it was trained on tales-short, and only 'tales', the full world, is allowed")
+    monkeypatch.setitem(minillm.__main__.RACE, "tokens", 10)
+    refused(say("race", racer), r"it was trained on [\d,]+ tokens, and 10 are allowed")
+    monkeypatch.setitem(minillm.__main__.RACE, "parameters", 100)
+    refused(say("race", racer), r"it has [\d,]+ parameters, and 100 are allowed")
+    known = minillm.load(racer, "cpu")
+    monkeypatch.undo()
+    save_model("stray", known.model, known.tokenizer)
+    refused(say("race", "stray"), "nobody recorded what it was trained on")
+
+
 def test_plot_draws_one_run_or_several(run, say):
     assert say("plot", run) == (0, f"{Path('plots/loss.png')}\n", "")
     assert say("plot", run, run, "--out", "other/two.svg")[0] == 0
@@ -294,6 +346,36 @@ def test_a_run_can_start_from_another(run, say):
     assert say(*start, "--out-dir", "further")[0] == 0
     assert minillm.load("further", "cpu").tokenizer.fingerprint == minillm.load(run, "cpu").tokenizer.fingerprint
     refused(say(*start, "--out-dir", "no", "--n-layers", "2"), "init_from brings its own shape: leave out n_layers")
+
+
+def test_an_exported_folder_opens_wherever_a_run_does(run, say, monkeypatch):
+    assert say("export", run, "--to", "hf", "--out", "exports/mine") == (0, f"{Path('exports/mine')}\n", "")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"} == {
+        file.name for file in Path("exports/mine").iterdir()}
+    card = Path("exports/mine/README.md").read_text(encoding="utf-8")
+    assert "`tales-short`: tales that a program tells" in card and "| validation loss nats a token |" in card and "| steps | " in card
+    same = ["--prompt", "Once", "--max-new-tokens", "8", "--temperature", "0"]
+    assert say("generate", run, *same) == say("generate", "exports/mine", *same)
+    assert say("info", run)[1].splitlines()[:3] == say("info", "exports/mine")[1].splitlines()[:3]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once\n"))
+    assert say("chat", "exports/mine", "--max-new-tokens", "4")[0] == 0
+    losses = [re.search("loss (\\S+) ", say("evaluate", name, "--data", "tales-short", "--max-samples", "10", "--samples", "0")[1])[1]
+              for name in (run, "exports/mine")]
+    assert losses[0] == losses[1]
+    assert say("train", "--data", "tales-short", "--max-samples", "50", "--init-from", "exports/mine", "--steps", "2", "--batch-size", "2",
+               "--evaluate-batches", "1", "--no-progress", "--out-dir", "from-export")[0] == 0
+    again = minillm.load("from-export", "cpu")
+    assert again.tokenizer.encode("Once upon a time") == minillm.load(run, "cpu").tokenizer.encode("Once upon a time")
+    assert say("export", "exports/mine", "--to", "hf", "--dtype", "bfloat16", "--out", "exports/half")[0] == 0
+    assert Path("exports/half/model.safetensors").stat().st_size < 0.6 * Path("exports/mine/model.safetensors").stat().st_size
+
+
+def test_a_gguf_is_written_with_a_tokenizer_that_llama_cpp_knows_or_without(run, say):
+    pytest.importorskip("gguf")
+    refused(say("export", run, "--to", "gguf", "--out", "mine.gguf"), "llama.cpp knows no way of cutting a text by the pattern")
+    assert not Path("mine.gguf").exists()
+    assert say("export", run, "--to", "gguf", "--out", "mine.gguf", "--no-tokenizer", "--dtype", "f16")[0] == 0
+    assert Path("mine.gguf").read_bytes().startswith(b"GGUF")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
