@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm import scaling
+from minillm.__main__ import main
 from minillm.budget import count_parameters, flops_per_token
 from minillm.checkpoints import RunFolder, load_model
 from minillm.model import MiniLLM
-from minillm.scaling import Law, Points, as_points, bootstrap, fit_law, forecast, interval
+from minillm.scaling import Law, Points, as_points, bootstrap, compute_optimal, fit_law, forecast, interval, profile
 from minillm.training import TrainConfig, train
-
 
 def grid(widths=scaling.WIDTHS, steps=scaling.STEPS):
     "Parameters and tokens (P, 2) of a whole sweep."
@@ -142,6 +142,46 @@ def test_what_cannot_be_fitted_is_an_error_that_says_why():
     with pytest.raises(ValueError, match="not above the floor 2"): fit_law([1, 2, 3], [3, 2, 1], 2.0)
 
 
+def test_the_profile_is_lowest_where_the_blind_fit_ends():
+    _, sizes, losses = planted()
+    losses = 36 + (losses - 36) * np.exp(0.05 * np.random.default_rng(2).normal(size=len(losses)))
+    blind = fit_law(sizes, losses)
+    floors = [float(blind.floor) + shift for shift in (-0.5, 0, 0.5)]
+    laws, misfit = profile(sizes, losses, floors)
+    assert misfit[1] < min(misfit[0], misfit[2]) and np.allclose(laws.floor, floors)
+    assert np.allclose(laws.exponent[1], blind.exponent, rtol=0.01)
+    assert laws.exponent[0].sum() < laws.exponent[2].sum(), "a lower floor has flatter laws"
+
+
+def test_the_best_size_in_closed_form_is_the_best_of_a_thousand():
+    law, _, _ = planted()
+    for budget in (1e12, 1e15):
+        best = compute_optimal(law, budget)
+        assert np.isclose(6 * best.prod(), budget)
+        n = best[0] * np.geomspace(0.1, 10, 1001)
+        assert law.loss(np.stack([n, budget / 6 / n], 1)).argmin() == 500
+
+
+def test_along_a_budget_every_width_spends_it():
+    law, _, _ = planted()
+    widths, losses = scaling.along_budget(law, 1e13, 128.0)
+    width = int(widths[40])
+    tokens = 1e13 / flops_per_token(scaling.family_config(width), 128, training=True)
+    assert np.isclose(losses[40], law.loss([[scaling.family_sizes(width)["multiplied"], tokens]])[0])
+    assert 0 < losses.argmin() < len(losses) - 1, "too small and too large are both worse"
+
+
+def test_a_trunk_is_read_off_between_its_points():
+    points = Points(np.array([16, 16, 32, 32]), np.array([100.0, 400.0, 100.0, 400.0]), np.array([8.0, 2.0, 9.0, 3.0]), None, 128.0)
+    widths, losses = scaling.measured_along(points, float(points.flops()[0]) * 2)
+    assert widths.tolist() == [16] and np.isclose(losses[0], 4.0), "half way in logs; 32 never had so small a budget"
+
+
+def test_a_valley_by_hand():
+    assert np.isclose(scaling.valley([1, 10, 100], [2, 1, 2]), 10)
+    assert scaling.valley([1, 10, 100], [3, 2, 1]) is None and scaling.valley([1, 10], [2, 1]) is None
+
+
 # ---- sizes and budgets ---------------------------------------------------------------------------------------------
 
 
@@ -212,6 +252,12 @@ def test_a_sweep_goes_on_and_does_nothing_twice(small, tmp_path):
 
 def test_no_point_is_begun_after_the_time_is_up(small, tmp_path):
     assert scaling.run_sweep(tmp_path, todo=small, max_seconds=-1) == []
+
+
+def test_the_command_says_what_there_is_and_what_is_missing(tmp_path, capsys):
+    assert main(["scaling", "--out-dir", str(tmp_path), "--max-minutes", "-1"]) == 0
+    assert capsys.readouterr().out.startswith(f"0 points in {tmp_path / 'scaling.json'}; {len(list(scaling.jobs()))} branches to go")
+    assert scaling.load_results(tmp_path / "scaling.json") == ([], None)
 
 
 def test_a_killed_sweep_ends_as_one_that_was_not(small, tmp_path):
