@@ -6,21 +6,20 @@
 __all__ = ['LLAMA_FIELDS', 'GPT2_FIELDS', 'LLAMA_NAMES', 'GPT2_NAMES', 'PLAIN', 'LLAMA_HOLDS', 'ROPE_ABSENT', 'LLAMA_ABSENT',
            'QWEN_ABSENT', 'FAMILIES', 'NO_EFFECT', 'ONLY', 'ROPE_KEYS', 'ROPE_KINDS', 'ACTIVATIONS_THERE', 'BIASES',
            'STORED_DTYPES', 'WEIGHTS', 'INDEX', 'BUFFERS', 'SMALL_FILES', 'CARD', 'DATA_SAID', 'EXPORTED', 'LETTERS',
-           'LETTER_BYTES', 'ENGLISH', 'LLAMA_PATTERN', 'HUB_PATTERNS', 'SAFE_REGEX', 'PART_DEFAULTS', 'LISTS',
-           'ANY_CHARACTER', 'SPELLING', 'GGUF_NAMES', 'GGUF_KINDS', 'Family', 'find_family', 'check_fields',
-           'read_rope', 'layer_kinds', 'read_window', 'read_rest', 'config_from_hub', 'Stored', 'read_header',
-           'file_tensors', 'shard_files', 'folder_tensors', 'their_name', 'stored_views', 'match_stored', 'read_pieces',
-           'fill', 'same', 'empty_model', 'read_weights', 'fetch', 'is_hub_id', 'hub_folder', 'hub_model_config',
-           'from_pretrained', 'obstacles', 'find_class', 'config_to_hub', 'write_rope', 'model_card', 'save_pretrained',
-           'byte_letters', 'spell', 'unspell', 'check_regex', 'regex_to_hub', 'regex_from_hub', 'not_understood',
-           'read_part', 'read_parts', 'check_merges', 'read_special', 'read_begin', 'read_pattern', 'read_vocab',
-           'read_byte_level', 'read_front', 'read_fallback', 'read_unigram', 'read_characters', 'tokenizer_from_hub',
-           'read_tokenizer_json', 'all_merges', 'cut_bytes', 'write_bpe', 'write_byte_level', 'write_fallback',
-           'proto_fields', 'sentencepiece_to_fallback', 'write_unigram', 'write_characters', 'write_special',
-           'check_replaced', 'tokenizer_to_hub', 'gguf_architecture', 'neighbours', 'gguf_tensors', 'gguf_tokenizer',
-           'gguf_byte_level', 'gguf_fallback', 'import_gguf', 'gguf_fields', 'to_gguf', 'write_field', 'import_lm_eval',
-           'harness_model', 'encode_pair', 'batch_log_probs', 'continuation_log_probs', 'text_log_prob',
-           'generate_text', 'is_hub_folder', 'open_model']
+           'LETTER_BYTES', 'ENGLISH', 'LLAMA_PATTERN', 'HUB_PATTERNS', 'SAFE_REGEX', 'SPELLING', 'PART_DEFAULTS',
+           'LISTS', 'ANY_CHARACTER', 'GGUF_NAMES', 'GGUF_KINDS', 'Family', 'find_family', 'check_fields', 'read_rope',
+           'layer_kinds', 'read_window', 'read_rest', 'config_from_hub', 'Stored', 'read_header', 'file_tensors',
+           'shard_files', 'folder_tensors', 'their_name', 'stored_views', 'match_stored', 'read_pieces', 'fill', 'same',
+           'empty_model', 'read_weights', 'fetch', 'is_hub_id', 'hub_folder', 'hub_model_config', 'from_pretrained',
+           'obstacles', 'find_class', 'config_to_hub', 'write_rope', 'model_card', 'save_pretrained', 'byte_letters',
+           'spell', 'unspell', 'check_regex', 'regex_to_hub', 'regex_from_hub', 'all_merges', 'cut_bytes', 'write_bpe',
+           'write_byte_level', 'write_fallback', 'write_unigram', 'write_characters', 'write_special', 'check_replaced',
+           'tokenizer_to_hub', 'not_understood', 'read_part', 'read_parts', 'check_merges', 'read_pattern',
+           'read_vocab', 'read_byte_level', 'read_front', 'read_fallback', 'read_unigram', 'read_characters',
+           'read_special', 'read_begin', 'tokenizer_from_hub', 'read_tokenizer_json', 'proto_fields',
+           'sentencepiece_to_fallback', 'gguf_architecture', 'neighbours', 'gguf_tensors', 'gguf_tokenizer',
+           'gguf_byte_level', 'gguf_fallback', 'import_gguf', 'gguf_fields', 'to_gguf', 'write_field', 'encode_pair',
+           'continuation_log_probs', 'generate_text', 'import_lm_eval', 'harness_model', 'is_hub_folder', 'open_model']
 
 # %% ../notebooks/16_interop.ipynb #imports
 import json
@@ -61,6 +60,7 @@ from minillm.tokenizer import (
 )
 
 from .data import hub_is_offline
+from .evaluation import log_probs, token_nats
 from .model import DERIVED, MiniLLM, ModelConfig, check_choice
 from .positions import rotary_frequencies
 from .sampling import Generator
@@ -434,14 +434,14 @@ def is_hub_id(name: str) -> bool:
 
 def hub_folder(path_or_id: str | Path, weights: bool = True) -> Path:
     "The folder of a checkpoint in Hugging Face's format, by path or by hub id; of the latter the weights if wanted."
-    if not is_hub_id(str(path_or_id)): folder = Path(path_or_id).expanduser()
-    else: folder = fetch(str(path_or_id), SMALL_FILES)
+    name = str(path_or_id)
+    folder = fetch(name, SMALL_FILES) if is_hub_id(name) else Path(name).expanduser()
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{str(path_or_id)!r} is no folder with a config.json, and no hub id (owner/name)")
-    if not weights or not is_hub_id(str(path_or_id)): return folder
-    hub_model_config(folder)        # before gigabytes are fetched for nothing
-    shards = read_json(folder / INDEX)["weight_map"].values() if (folder / INDEX).is_file() else [WEIGHTS]
-    return fetch(str(path_or_id), [*SMALL_FILES, *sorted(set(shards))])
+        raise FileNotFoundError(f"{name!r} is no folder with a config.json, and no hub id (owner/name)")
+    if not weights or not is_hub_id(name): return folder
+    hub_model_config(folder)        # an error now, before gigabytes are fetched for nothing
+    listed = read_json(folder / INDEX).get("weight_map", {}).values() if (folder / INDEX).is_file() else [WEIGHTS]
+    return fetch(name, [*SMALL_FILES, *sorted({file for file in listed if re.fullmatch(r"[\w.-]+", str(file))})])
 
 def hub_model_config(path_or_id: str | Path) -> ModelConfig:
     "The configuration of a checkpoint in Hugging Face's format, without its weights."
@@ -642,6 +642,119 @@ def regex_from_hub(pattern: str) -> str:
     check_regex(pattern)
     return pattern.removesuffix(r"|[\s\S]").replace(r"\z", r"\Z")
 
+# %% ../notebooks/16_interop.ipynb #write-byte-level
+def all_merges(ranks: Mapping) -> tuple[list[tuple], bool]:
+    """The pairs that merge, in their order, and whether they make all tokens. A token that none makes from lower ids
+    has all pairs that could: they come to it later, if at all."""
+    merges, complete = [], True
+    for _, parts in split_ranks(ranks):
+        if len(parts) == 2: merges.append(tuple(parts))
+        elif len(parts[0]) > 1:
+            pairs = [(parts[0][:cut], parts[0][cut:]) for cut in range(1, len(parts[0]))]
+            merges += [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+            complete = False
+    return merges, complete
+
+SPELLING = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+def cut_bytes(pattern: str) -> dict:
+    "A pre_tokenizer that cuts as `pattern` does and spells bytes."
+    split = {"type": "Split", "pattern": {"Regex": regex_to_hub(pattern)}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, SPELLING]}
+
+def write_bpe(vocab: dict[str, int], merges: list, **settings) -> dict:
+    "The model of a BPE."
+    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            **settings, "vocab": vocab, "merges": merges}
+
+def write_byte_level(t: BPETokenizer) -> dict:
+    "What says in a tokenizer.json how a byte-level BPE of ours works."
+    merges, complete = all_merges(t.ranks)
+    merges = [(spell(left), spell(right)) for left, right in merges]
+    vocab = {spell(token): i for token, i in t.ranks.items()}
+    return {"normalizer": {"type": t.normalize} if t.normalize else None, "pre_tokenizer": cut_bytes(t.pattern),
+            "model": write_bpe(vocab, merges, ignore_merges=not complete), "decoder": SPELLING}
+
+# %% ../notebooks/16_interop.ipynb #write-others
+def write_fallback(t: FallbackTokenizer) -> dict:
+    "What says in a tokenizer.json how a byte-fallback BPE works."
+    marks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+    steps = [{"type": "Prepend", "prepend": SPACE_MARK}, marks] if t.front == "prepend" else [marks]
+    scheme = "never" if t.front == "prepend" else t.front
+    spaces = {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": scheme, "split": t.cut}
+    in_front = scheme != "never" or t.cut
+    unmark = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+    decoders = [unmark, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if t.front != "never": decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    vocab = t.pieces | {f"<0x{byte:02X}>": i for byte, i in enumerate(t.byte_ids)}
+    normal = None if in_front and t.front != "prepend" else {"type": "Sequence", "normalizers": steps}
+    return {"normalizer": normal, "pre_tokenizer": spaces if in_front else None,
+            "model": write_bpe(vocab, all_merges(t.pieces)[0], byte_fallback=True, fuse_unk=True),
+            "decoder": {"type": "Sequence", "decoders": decoders}}
+
+def write_unigram(t: UnigramTokenizer) -> dict:
+    "What says in a tokenizer.json how Unigram over bytes works; its ids are places in a list."
+    names = sorted(t.special_tokens, key=t.special_tokens.get)
+    if [t.special_tokens[name] for name in names] != list(range(len(t.scores), t.vocab_size)):
+        raise ValueError(f"Unigram's ids are places in one list, so special tokens must follow at {len(t.scores)}, "
+                         f"without gaps; they are {t.special_tokens}")
+    vocab = [(spell(token), score) for token, score in t.scores.items()] + [(name, 0.0) for name in names]
+    return {"pre_tokenizer": cut_bytes(t.pattern), "decoder": SPELLING,
+            "model": {"type": "Unigram", "unk_id": None, "vocab": vocab, "byte_fallback": False}}
+
+def write_characters(t: CharTokenizer) -> dict:
+    "What says in a tokenizer.json how characters are numbered; one that is not there is an error there as well."
+    return {"pre_tokenizer": ANY_CHARACTER, "decoder": {"type": "Fuse"},
+            "model": {"type": "WordLevel", "vocab": dict(t.ids), "unk_token": t.unknown or ""}}
+
+# %% ../notebooks/16_interop.ipynb #tokenizer-to-hub
+def write_special(t: Tokenizer) -> dict:
+    "The special tokens of a tokenizer.json, and the ids that begin a text."
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": name, **plain, "special": True} for name, i in t.special_tokens.items()]
+    by_id = {i: name for name, i in t.special_tokens.items()}
+    if strange := [i for i in t.begin or () if i not in by_id]:
+        raise ValueError(f"begin = {t.begin}, the ids that begin a text, must be of special tokens; {strange} are not")
+    first = [{"SpecialToken": {"id": by_id[i], "type_id": 0}} for i in t.begin or ()]
+    known = {by_id[i]: {"id": by_id[i], "ids": [i], "tokens": [by_id[i]]} for i in t.begin or ()}
+    a, b = ({"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB"))
+    template = {"type": "TemplateProcessing", "single": [*first, a], "pair": [*first, a, b], "special_tokens": known}
+    return {"added_tokens": sorted(added, key=lambda token: token["id"]), "post_processor": template if first else None}
+
+def check_replaced(tokenizer: Tokenizer, folder: Path) -> None:
+    "ValueError if transformers would put another tokenizer in place of this one, because of the model beside it."
+    config = folder / "config.json"
+    if not config.is_file() or read_json(config).get("model_type") != "qwen2": return
+    is_bpe = isinstance(tokenizer, BPETokenizer)
+    if not is_bpe or (tokenizer.normalize, tokenizer.pattern) != ("NFC", HUB_PATTERNS["qwen2"]):
+        raise ValueError("transformers takes the tokenizer of a qwen2 model for Qwen's (NFC, then its pattern), "
+                         "whatever tokenizer.json says; no other can stand beside it: save the model alone")
+
+def tokenizer_to_hub(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json: `AutoTokenizer.from_pretrained(folder)` gives the same ids.
+
+    ValueError names what `tokenizers` cannot express.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer): tokenizer = sentencepiece_to_fallback(tokenizer)
+    check_replaced(tokenizer, Path(folder))
+    writers = {BPETokenizer: write_byte_level, FallbackTokenizer: write_fallback, UnigramTokenizer: write_unigram,
+               CharTokenizer: write_characters}
+    if type(tokenizer) not in writers: raise ValueError(f"{type(tokenizer).__name__} has no form in tokenizer.json")
+    parts = writers[type(tokenizer)](tokenizer)
+    vocab = parts["model"]["vocab"]
+    if isinstance(vocab, dict):                                    # ids may have gaps only for what stands in there
+        if clash := vocab.keys() & tokenizer.special_tokens.keys():
+            raise ValueError(f"{sorted(clash)} are special and ordinary tokens both, and tokenizer.json goes by names")
+        vocab |= tokenizer.special_tokens
+    whole = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
+    begin = [name for name, i in tokenizer.special_tokens.items() if i in (tokenizer.begin or [tokenizer.eos_id])]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token, "bos_token": begin[0],
+              "clean_up_tokenization_spaces": False}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / "tokenizer.json", whole | write_special(tokenizer) | parts)
+    write_json(Path(folder) / "tokenizer_config.json", config)
+
 # %% ../notebooks/16_interop.ipynb #json-parts
 PART_DEFAULTS: dict[str, dict] = {       # parts of a tokenizer.json that we understand: settings, if they are not there
     "NFC": {}, "NFD": {}, "NFKC": {}, "NFKD": {}, "Prepend": {"prepend": None},
@@ -679,7 +792,6 @@ def read_parts(data: dict, where: str) -> list[dict]:
     if nested is None: return [read_part(part, where)]
     return [step for inner in nested for step in read_parts({where: inner}, where)]
 
-# %% ../notebooks/16_interop.ipynb #check-merges
 def check_merges(ranks: Mapping, merges: list, whole: bool) -> None:
     """ValueError unless merging by the lowest id, which is ours, gives what merging by this list of pairs gives.
 
@@ -698,35 +810,6 @@ def check_merges(ranks: Mapping, merges: list, whole: bool) -> None:
         if not fine:
             raise ValueError(f"tokenizer.json: model.merges do not make the token {parts} (id {rank}) in the order of "
                              "ids, each from two of lower ids: such a BPE is not understood")
-
-# %% ../notebooks/16_interop.ipynb #read-special
-def read_special(data: dict, folder: Path) -> tuple[dict[str, int], str]:
-    "Ids of the added tokens by name, and which of them ends a text, as tokenizer_config.json says."
-    special = {}
-    for token in data.get("added_tokens", []):
-        spaced = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
-        if token.get("normalized") and data.get("normalizer"): spaced.append("normalized")
-        if spaced: raise not_understood(f"added_tokens, {token['content']!r}: {spaced[0]}", True)
-        special[token["content"]] = token["id"]
-    names = ("tokenizer_config.json", "special_tokens_map.json")
-    found = [read_json(folder / name).get("eos_token") for name in names if (folder / name).is_file()]
-    named = [eos["content"] if isinstance(eos, dict) else eos for eos in found if eos]
-    for eos in (*named, END_OF_TEXT, "</s>"):
-        if eos in special: return special, eos
-    raise ValueError(f"{folder}: no token ends a text; give an eos_token in tokenizer_config.json, one of {[*special]}")
-
-def read_begin(data: dict, special: Mapping[str, int]) -> list[int] | None:
-    "The ids that a post_processor puts before a text; None if it puts none. It may put nothing behind."
-    begin = []
-    for step in read_parts(data, "post_processor"):
-        if step["type"] == "ByteLevel": continue                     # moves offsets, not ids
-        if step["type"] != "TemplateProcessing": raise not_understood("post_processor.type", step["type"])
-        *first, last = step["single"]
-        if "Sequence" not in last or any("SpecialToken" not in piece for piece in first):
-            raise not_understood("post_processor, TemplateProcessing.single", step["single"], "special tokens, then A")
-        names = [piece["SpecialToken"]["id"] for piece in first]
-        begin += [i for name in names for i in step["special_tokens"][name]["ids"]]
-    return begin or None
 
 # %% ../notebooks/16_interop.ipynb #read-byte-level
 def read_pattern(steps: list[dict]) -> str:
@@ -762,7 +845,7 @@ def read_byte_level(data: dict, model: dict, special: dict[str, int], eos: str) 
     return BPETokenizer(ranks, read_pattern(read_parts(data, "pre_tokenizer")), special, eos,
                         normalize=forms[0] if forms else None, lossy=lossy)
 
-# %% ../notebooks/16_interop.ipynb #read-fallback
+# %% ../notebooks/16_interop.ipynb #read-others
 def read_front(data: dict) -> tuple[str, bool]:
     "How a text gets its first space mark, and whether it is cut at the marks: our `front` and `cut`."
     front, marked = "never", False
@@ -790,7 +873,6 @@ def read_fallback(data: dict, model: dict, special: dict[str, int], eos: str) ->
     front, cut = read_front(data)
     return FallbackTokenizer(vocab, special, eos, front=front, cut=cut)
 
-# %% ../notebooks/16_interop.ipynb #read-others
 ANY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 def read_unigram(data: dict, model: dict, special: dict[str, int], eos: str) -> UnigramTokenizer:
@@ -812,6 +894,34 @@ def read_characters(data: dict, model: dict, special: dict[str, int], eos: str) 
     return CharTokenizer(characters, special, model["unk_token"] or None, eos)
 
 # %% ../notebooks/16_interop.ipynb #tokenizer-from-hub
+def read_special(data: dict, folder: Path) -> tuple[dict[str, int], str]:
+    "Ids of the added tokens by name, and which of them ends a text, as tokenizer_config.json says."
+    special = {}
+    for token in data.get("added_tokens", []):
+        spaced = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
+        if token.get("normalized") and data.get("normalizer"): spaced.append("normalized")
+        if spaced: raise not_understood(f"added_tokens, {token['content']!r}: {spaced[0]}", True)
+        special[token["content"]] = token["id"]
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    found = [read_json(folder / name).get("eos_token") for name in names if (folder / name).is_file()]
+    named = [eos["content"] if isinstance(eos, dict) else eos for eos in found if eos]
+    for eos in (*named, END_OF_TEXT, "</s>"):
+        if eos in special: return special, eos
+    raise ValueError(f"{folder}: no token ends a text; give an eos_token in tokenizer_config.json, one of {[*special]}")
+
+def read_begin(data: dict, special: Mapping[str, int]) -> list[int] | None:
+    "The ids that a post_processor puts before a text; None if it puts none. It may put nothing behind."
+    begin = []
+    for step in read_parts(data, "post_processor"):
+        if step["type"] == "ByteLevel": continue                     # moves offsets, not ids
+        if step["type"] != "TemplateProcessing": raise not_understood("post_processor.type", step["type"])
+        *first, last = step["single"]
+        if "Sequence" not in last or any("SpecialToken" not in piece for piece in first):
+            raise not_understood("post_processor, TemplateProcessing.single", step["single"], "special tokens, then A")
+        names = [piece["SpecialToken"]["id"] for piece in first]
+        begin += [i for name in names for i in step["special_tokens"][name]["ids"]]
+    return begin or None
+
 def tokenizer_from_hub(folder: str | Path) -> Tokenizer:
     """The tokenizer in a folder of Hugging Face's format, as one of ours: the same ids, special tokens included.
 
@@ -844,57 +954,6 @@ def read_tokenizer_json(data: dict, special: dict[str, int], eos: str) -> Tokeni
         case "WordLevel", False: read = read_characters
         case kind, _: raise not_understood("model.type", kind, "BPE, and what minillm writes")
     return read(data, model, special, eos)
-
-# %% ../notebooks/16_interop.ipynb #write-byte-level
-def all_merges(ranks: Mapping) -> tuple[list[tuple], bool]:
-    """The pairs that merge, in their order, and whether they make all tokens. A token that none makes from lower ids
-    has all pairs that could: they come to it later, if at all."""
-    merges, complete = [], True
-    for _, parts in split_ranks(ranks):
-        if len(parts) == 2: merges.append(tuple(parts))
-        elif len(parts[0]) > 1:
-            pairs = [(parts[0][:cut], parts[0][cut:]) for cut in range(1, len(parts[0]))]
-            merges += [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-            complete = False
-    return merges, complete
-
-SPELLING = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-
-def cut_bytes(pattern: str) -> dict:
-    "A pre_tokenizer that cuts as `pattern` does and spells bytes."
-    split = {"type": "Split", "pattern": {"Regex": regex_to_hub(pattern)}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, SPELLING]}
-
-def write_bpe(vocab: dict[str, int], merges: list, **settings) -> dict:
-    "The model of a BPE."
-    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            **settings, "vocab": vocab, "merges": merges}
-
-def write_byte_level(t: BPETokenizer) -> dict:
-    "What says in a tokenizer.json how a byte-level BPE of ours works."
-    merges, complete = all_merges(t.ranks)
-    merges = [(spell(left), spell(right)) for left, right in merges]
-    vocab = {spell(token): i for token, i in t.ranks.items()}
-    return {"normalizer": {"type": t.normalize} if t.normalize else None, "pre_tokenizer": cut_bytes(t.pattern),
-            "model": write_bpe(vocab, merges, ignore_merges=not complete), "decoder": SPELLING}
-
-# %% ../notebooks/16_interop.ipynb #write-fallback
-def write_fallback(t: FallbackTokenizer) -> dict:
-    "What says in a tokenizer.json how a byte-fallback BPE works."
-    marks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
-    steps = [{"type": "Prepend", "prepend": SPACE_MARK}, marks] if t.front == "prepend" else [marks]
-    scheme = "never" if t.front == "prepend" else t.front
-    spaces = {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": scheme, "split": t.cut}
-    in_front = scheme != "never" or t.cut
-    unmark = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
-    decoders = [unmark, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if t.front != "never": decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    vocab = t.pieces | {f"<0x{byte:02X}>": i for byte, i in enumerate(t.byte_ids)}
-    normal = None if in_front and t.front != "prepend" else {"type": "Sequence", "normalizers": steps}
-    return {"normalizer": normal, "pre_tokenizer": spaces if in_front else None,
-            "model": write_bpe(vocab, all_merges(t.pieces)[0], byte_fallback=True, fuse_unk=True),
-            "decoder": {"type": "Sequence", "decoders": decoders}}
 
 # %% ../notebooks/16_interop.ipynb #sentencepiece-fields
 def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -942,68 +1001,6 @@ def sentencepiece_to_fallback(t: SentencePieceTokenizer) -> FallbackTokenizer:
         if wrong: raise ValueError(f"this SentencePiece model can't become a tokenizer.json: {what}")
     return FallbackTokenizer({name: i for i, name in enumerate(names)}, t.special_tokens, t.eos_token,
                              front="prepend" if normalizer.get(3, 1) else "never")
-
-# %% ../notebooks/16_interop.ipynb #tokenizer-to-hub
-def write_unigram(t: UnigramTokenizer) -> dict:
-    "What says in a tokenizer.json how Unigram over bytes works; its ids are places in a list."
-    names = sorted(t.special_tokens, key=t.special_tokens.get)
-    if [t.special_tokens[name] for name in names] != list(range(len(t.scores), t.vocab_size)):
-        raise ValueError(f"Unigram's ids are places in one list, so special tokens must follow at {len(t.scores)}, "
-                         f"without gaps; they are {t.special_tokens}")
-    vocab = [(spell(token), score) for token, score in t.scores.items()] + [(name, 0.0) for name in names]
-    return {"pre_tokenizer": cut_bytes(t.pattern), "decoder": SPELLING,
-            "model": {"type": "Unigram", "unk_id": None, "vocab": vocab, "byte_fallback": False}}
-
-def write_characters(t: CharTokenizer) -> dict:
-    "What says in a tokenizer.json how characters are numbered; one that is not there is an error there as well."
-    return {"pre_tokenizer": ANY_CHARACTER, "decoder": {"type": "Fuse"},
-            "model": {"type": "WordLevel", "vocab": dict(t.ids), "unk_token": t.unknown or ""}}
-
-def write_special(t: Tokenizer) -> dict:
-    "The special tokens of a tokenizer.json, and the ids that begin a text."
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": i, "content": name, **plain, "special": True} for name, i in t.special_tokens.items()]
-    by_id = {i: name for name, i in t.special_tokens.items()}
-    if strange := [i for i in t.begin or () if i not in by_id]:
-        raise ValueError(f"begin = {t.begin}, the ids that begin a text, must be of special tokens; {strange} are not")
-    first = [{"SpecialToken": {"id": by_id[i], "type_id": 0}} for i in t.begin or ()]
-    known = {by_id[i]: {"id": by_id[i], "ids": [i], "tokens": [by_id[i]]} for i in t.begin or ()}
-    a, b = ({"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB"))
-    template = {"type": "TemplateProcessing", "single": [*first, a], "pair": [*first, a, b], "special_tokens": known}
-    return {"added_tokens": sorted(added, key=lambda token: token["id"]), "post_processor": template if first else None}
-
-def check_replaced(tokenizer: Tokenizer, folder: Path) -> None:
-    "ValueError if transformers would put another tokenizer in place of this one, because of the model beside it."
-    config = folder / "config.json"
-    if not config.is_file() or read_json(config).get("model_type") != "qwen2": return
-    is_bpe = isinstance(tokenizer, BPETokenizer)
-    if not is_bpe or (tokenizer.normalize, tokenizer.pattern) != ("NFC", HUB_PATTERNS["qwen2"]):
-        raise ValueError("transformers takes the tokenizer of a qwen2 model for Qwen's (NFC, then its pattern), "
-                         "whatever tokenizer.json says; no other can stand beside it: save the model alone")
-
-def tokenizer_to_hub(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json: `AutoTokenizer.from_pretrained(folder)` gives the same ids.
-
-    ValueError names what `tokenizers` cannot express.
-    """
-    if isinstance(tokenizer, SentencePieceTokenizer): tokenizer = sentencepiece_to_fallback(tokenizer)
-    check_replaced(tokenizer, Path(folder))
-    writers = {BPETokenizer: write_byte_level, FallbackTokenizer: write_fallback, UnigramTokenizer: write_unigram,
-               CharTokenizer: write_characters}
-    if type(tokenizer) not in writers: raise ValueError(f"{type(tokenizer).__name__} has no form in tokenizer.json")
-    parts = writers[type(tokenizer)](tokenizer)
-    vocab = parts["model"]["vocab"]
-    if isinstance(vocab, dict):                                    # ids may have gaps only for what stands in there
-        if clash := vocab.keys() & tokenizer.special_tokens.keys():
-            raise ValueError(f"{sorted(clash)} are special and ordinary tokens both, and tokenizer.json goes by names")
-        vocab |= tokenizer.special_tokens
-    whole = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
-    begin = [name for name, i in tokenizer.special_tokens.items() if i in (tokenizer.begin or [tokenizer.eos_id])]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token, "bos_token": begin[0],
-              "clean_up_tokenization_spaces": False}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(folder) / "tokenizer.json", whole | write_special(tokenizer) | parts)
-    write_json(Path(folder) / "tokenizer_config.json", config)
 
 # %% ../notebooks/16_interop.ipynb #gguf-weights
 GGUF_NAMES = {              # our module: llama.cpp's
@@ -1145,35 +1142,6 @@ def write_field(writer, key: str, value: object) -> None:
     if value != []: adders[type(value)](key, value)
 
 # %% ../notebooks/16_interop.ipynb #harness
-def import_lm_eval():
-    "The library lm-evaluation-harness, or an ImportError that says how to get it."
-    try:
-        import lm_eval.api.model
-    except ImportError: raise ImportError("this needs an optional library: pip install lm-eval") from None
-    return lm_eval
-
-def harness_model(model: MiniLLM, tokenizer: Tokenizer, batch_size: int = 16):
-    """A model of ours for lm-evaluation-harness: `lm_eval.simple_evaluate(model=harness_model(model, tokenizer), ...)`.
-
-    Each text begins with what a Generator puts first. A text too long for the model loses its beginning.
-    """
-    lm_eval = import_lm_eval()
-
-    class Ours(lm_eval.api.model.LM):
-        "The three questions that the harness asks."
-        def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-            pairs = [encode_pair(tokenizer, *request.args) for request in requests]
-            return continuation_log_probs(model, pairs, batch_size)
-
-        def loglikelihood_rolling(self, requests) -> list[float]:
-            return [text_log_prob(model, tokenizer, *request.args) for request in requests]
-
-        def generate_until(self, requests) -> list[str]:
-            return [generate_text(model, tokenizer, *request.args) for request in requests]
-
-    return Ours()
-
-# %% ../notebooks/16_interop.ipynb #harness-scores
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
     "Ids of a context, begin tokens in front, and of what follows it. Spaces between them belong to the second."
     begin = tokenizer.begin or [tokenizer.eos_id]
@@ -1183,42 +1151,20 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     if whole[:len(first)] != first: whole = first + tokenizer.encode(context[len(stripped):] + continuation)
     return [*begin, *first], whole[len(first):]
 
-@torch.no_grad()
-def batch_log_probs(model: MiniLLM, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    "`continuation_log_probs` of a few pairs at once. What is too long loses its beginning."
-    device, longest = model.embedding.weight.device, model.config.max_length or 0
-    rows = [[*context, *said][:-1][-longest:] for context, said in pairs]       # the last token is asked, not read
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, T)
-    log_probs = model(ids).float().log_softmax(dim=-1)  # (B, T, V)
-    found = []
-    for row, (_, said), scores in zip(rows, pairs, log_probs):
-        if len(said) > len(row): raise ValueError(f"a continuation of {len(said)} tokens is too long for this model")
-        scores, said = scores[len(row) - len(said):len(row)], torch.tensor(said, device=device)
-        found.append((float(scores.gather(1, said.unsqueeze(1)).sum()), bool((scores.argmax(dim=-1) == said).all())))
+def continuation_log_probs(model: MiniLLM, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """For each (context, continuation): log-probability in nats, and whether greedy choice would have said just that.
+
+    What is too long for the model loses its beginning.
+    """
+    longest, found = model.config.max_length or 0, [(0.0, True)] * len(pairs)
+    rows = [[*context, *said][:-1][-longest:] for context, said in pairs]         # the last token is asked, not read
+    for i, table in log_probs(model, rows):
+        said = torch.tensor(pairs[i][1], dtype=torch.long)
+        if len(said) > len(table): raise ValueError(f"a continuation of {len(said)} tokens is too long for this model")
+        scores = table[len(table) - len(said):]
+        total = scores.gather(1, said.unsqueeze(1)).double().sum()
+        found[i] = float(total), bool((scores.argmax(dim=-1) == said).all())
     return found
-
-def continuation_log_probs(model: MiniLLM, pairs: Sequence[tuple[list[int], list[int]]],
-                           batch_size: int = 16) -> list[tuple[float, bool]]:
-    "For each (context, continuation): log-probability in nats, and whether greedy choice would have said just that."
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-    found = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
-        found |= zip(batch, batch_log_probs(model, [pairs[i] for i in batch]))
-    return [found[i] for i in range(len(pairs))]
-
-def text_log_prob(model: MiniLLM, tokenizer: Tokenizer, text: str) -> float:
-    "Log-probability of a whole text, in nats; a long one is read in windows, each token counted once."
-    ids, begin = tokenizer.encode(text), tokenizer.begin or [tokenizer.eos_id]
-    size = (model.config.max_length or 1024) - len(begin)
-    pairs, place = [], 0
-    while place < len(ids):
-        first = max(0, place - size // 2) if place else 0
-        last = min(len(ids), first + size)
-        pairs.append(([*begin, *ids[first:place]], ids[place:last]))
-        place = last
-    return sum(total for total, _ in continuation_log_probs(model, pairs, 1))
 
 def generate_text(model: MiniLLM, tokenizer: Tokenizer, context: str, settings: Mapping) -> str:
     "What the model goes on with, in the harness's words: `until` ends it, `temperature` 0 unless it samples."
@@ -1228,6 +1174,36 @@ def generate_text(model: MiniLLM, tokenizer: Tokenizer, context: str, settings: 
     generator = Generator(model, tokenizer, begin=tokenizer.begin)
     return generator.generate(context, max_new_tokens=settings.get("max_gen_toks", 128), temperature=temperature,
                               top_k=None, top_p=1.0, stop=[until] if isinstance(until, str) else until)
+
+def import_lm_eval():
+    "The library lm-evaluation-harness, or an ImportError that says how to get it."
+    try:
+        import lm_eval.api.model
+    except ImportError: raise ImportError("this needs an optional library: pip install lm-eval") from None
+    return lm_eval
+
+def harness_model(model: MiniLLM, tokenizer: Tokenizer):
+    """A model of ours for lm-evaluation-harness: `lm_eval.simple_evaluate(model=harness_model(model, tokenizer), ...)`.
+
+    Each text begins with what a Generator puts first. A context too long for the model loses its beginning; a long
+    text that is scored as a whole is read in windows (`token_nats` of lesson 13).
+    """
+    lm_eval, begin = import_lm_eval(), tokenizer.begin or [tokenizer.eos_id]
+
+    class Ours(lm_eval.api.model.LM):
+        "The three questions that the harness asks."
+        def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+            pairs = [encode_pair(tokenizer, *request.args) for request in requests]
+            return continuation_log_probs(model, pairs)
+
+        def loglikelihood_rolling(self, requests) -> list[float]:
+            texts = [[*begin[-1:], *tokenizer.encode(request.args[0])] for request in requests]
+            return [-float(nats.sum()) for nats in token_nats(model, texts)]
+
+        def generate_until(self, requests) -> list[str]:
+            return [generate_text(model, tokenizer, *request.args) for request in requests]
+
+    return Ours()
 
 # %% ../notebooks/16_interop.ipynb #open-model
 def is_hub_folder(path: str | Path) -> bool:
@@ -1241,7 +1217,6 @@ def open_model(name_or_path: str | Path, device: str = "auto",
     Hugging Face's format, or a hub id."""
     if not is_hub_folder(name_or_path) and not is_hub_id(str(name_or_path)):
         return load_model(name_or_path, device, dtype)
-    model, tokenizer = from_pretrained(name_or_path, device, dtype)
-    theirs = read_json(hub_folder(name_or_path, weights=False) / "config.json")
-    info = {"weights": str(name_or_path), "step": None, "architecture": FAMILIES[theirs["model_type"]].architecture}
-    return model, tokenizer, info
+    folder = hub_folder(name_or_path)
+    kind = read_json(folder / "config.json").get("model_type")
+    return *from_pretrained(folder, device, dtype), {"weights": str(folder), "step": None, "model_type": kind}
