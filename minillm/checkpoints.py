@@ -78,7 +78,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         stored[name] = tensor.clone() if place in seen else tensor
         seen.add(place)
     with atomic_write(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode     # who may read a new file here: the library lets nobody but its writer
         safetensors.torch.save_file(stored, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     "The tensors of a safetensors file, on the CPU; ValueError for a damaged file, FileNotFoundError for a missing one."

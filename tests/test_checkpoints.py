@@ -472,3 +472,10 @@ def test_what_a_kill_left_is_mended(tmp_path):
     (tmp_path / ".latest.99.tmp").write_text("half")
     mend_folders(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-2"]
+
+
+@posix
+def test_a_file_of_tensors_may_be_read_by_whoever_may_read_any_new_file(tmp_path):
+    (tmp_path / "any").touch()
+    save_tensors(tmp_path / "w.safetensors", {"w": torch.ones(2)})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
