@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOOTHINGS', 'as_documents', 'before', 'Level', 'make_level', 'find', 'count_levels', 'witten_bell', 'kneser_ney',
-           'continuations', 'NGram', 'ladder', 'Traced', 'traced', 'summed_to', 'makers_first']
+           'continuations', 'shares_of', 'number_of', 'next_shares', 'NGram', 'ladder', 'Traced', 'traced', 'summed_to',
+           'makers_first']
 
 # %% ../notebooks/04_ngrams.ipynb #imports
 from collections.abc import Callable, Iterable, Sequence
@@ -92,6 +93,42 @@ def continuations(level: Level, tails: np.ndarray, vocab_size: int) -> Level:
     counts = np.where(different > 0, different, level.counts)       # before the start of a document nothing stands
     return make_level(level.keys, counts, vocab_size, len(level.totals))
 
+# %% ../notebooks/04_ngrams.ipynb #shares
+def shares_of(tokens: np.ndarray, first: np.ndarray, levels: list[Level], smoothing: Callable,
+              vocab_size: int) -> np.ndarray:
+    "The probability (N) of each of `tokens` (N) after those before it in its document, which begins where `first`."
+    context, share = np.zeros(len(tokens), dtype=np.int64), np.full(len(tokens), 1 / vocab_size)
+    for level in levels:
+        number = find(level.keys, context * vocab_size + tokens)
+        known = (context >= 0) & (level.totals[context] > 0)
+        totals, kinds = np.where(known, level.totals[context], 1), level.kinds[context]
+        counts = np.where(number >= 0, level.counts[number], 0) if len(level.keys) else 0 * number
+        share = np.where(known, smoothing(counts, totals, kinds, share), share)
+        context = before(number, first)
+    return share
+
+# %% ../notebooks/04_ngrams.ipynb #next-shares
+def number_of(ids: Sequence[int], levels: list[Level], vocab_size: int) -> int:
+    "The number of these tokens as an n-gram, 0 for none, -1 if they were never seen."
+    number = 0
+    for level, token in zip(levels, ids):
+        number = int(find(level.keys, np.array([number * vocab_size + token]))[0])
+        if number < 0: break
+    return number
+
+def next_shares(context: Sequence[int], levels: list[Level], smoothing: Callable, vocab_size: int) -> np.ndarray:
+    "The probability (V) of each token after `context`, of which the last `len(levels) - 1` count."
+    share = np.full(vocab_size, 1 / vocab_size)
+    for n, level in enumerate(levels):
+        if n > len(context): break
+        number = number_of(context[len(context) - n:], levels, vocab_size)
+        if number < 0 or not level.totals[number]: break
+        start, end = np.searchsorted(level.keys, [number * vocab_size, (number + 1) * vocab_size])
+        counts = np.zeros(vocab_size)
+        counts[level.keys[start:end] % vocab_size] = level.counts[start:end]
+        share = smoothing(counts, level.totals[number], level.kinds[number], share)
+    return share
+
 # %% ../notebooks/04_ngrams.ipynb #ngram
 class NGram:
     """The probability of each token from the `order` - 1 before it, by counting. Nothing has probability 0.
@@ -133,14 +170,7 @@ class NGram:
     def log_probs(self, documents: Iterable) -> np.ndarray:
         "Log-probabilities in nats of all tokens but the first of each document, in a row."
         tokens, first = as_documents(documents, self.vocab_size)
-        context, share = np.zeros(len(tokens), dtype=np.int64), np.full(len(tokens), 1 / self.vocab_size)
-        for level in self.used():
-            number = find(level.keys, context * self.vocab_size + tokens)
-            known = (context >= 0) & (level.totals[context] > 0)
-            totals, kinds = np.where(known, level.totals[context], 1), level.kinds[context]
-            counts = np.where(number >= 0, level.counts[number], 0) if len(level.keys) else 0 * number
-            share = np.where(known, SMOOTHINGS[self.smoothing](counts, totals, kinds, share), share)
-            context = before(number, first)
+        share = shares_of(tokens, first, self.used(), SMOOTHINGS[self.smoothing], self.vocab_size)
         return np.log(share[~first])
 
     def log_prob(self, ids: Sequence[int]) -> float:
@@ -153,24 +183,7 @@ class NGram:
 
     def next(self, context: Sequence[int]) -> np.ndarray:
         "The probability of each token (V) after `context`, of which the last `order` - 1 count."
-        share = np.full(self.vocab_size, 1 / self.vocab_size)
-        for n, level in enumerate(self.used()):
-            if n > len(context): break
-            number = self.number(context[len(context) - n:])
-            if number < 0 or not level.totals[number]: break
-            start, end = np.searchsorted(level.keys, [number * self.vocab_size, (number + 1) * self.vocab_size])
-            counts = np.zeros(self.vocab_size)
-            counts[level.keys[start:end] % self.vocab_size] = level.counts[start:end]
-            share = SMOOTHINGS[self.smoothing](counts, level.totals[number], level.kinds[number], share)
-        return share
-
-    def number(self, ids: Sequence[int]) -> int:
-        "The number of these tokens as an n-gram, 0 for none, -1 if they were never seen."
-        number = 0
-        for level, token in zip(self.levels, ids):
-            number = int(find(level.keys, np.array([number * self.vocab_size + token]))[0])
-            if number < 0: break
-        return number
+        return next_shares(context, self.used(), SMOOTHINGS[self.smoothing], self.vocab_size)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int, *, eos_id: int | None = None,
                  seed: int = 0) -> list[int]:
