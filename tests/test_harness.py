@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minillm.checkpoints import load_model
-from minillm.interop import continuation_log_probs, encode_pair, generate_text, harness_model, text_log_prob
+from minillm.interop import continuation_log_probs, encode_pair, generate_text, harness_model
 from minillm.model import MiniLLM, ModelConfig
 from minillm.sampling import Generator
 from minillm.tales import TaleWorld
@@ -39,7 +39,7 @@ def test_log_probs_are_those_of_one_token_after_another(packaged, questions):
     model, tokenizer = packaged
     asked = [(q.prefix, " " + word) for q in questions for word in (q.right[0], q.wrong[0])]
     pairs = [encode_pair(tokenizer, *pair) for pair in asked]
-    found = continuation_log_probs(model, pairs, batch_size=5)
+    found = continuation_log_probs(model, pairs)
     for (context, continuation), (total, _) in zip(asked, found):
         assert total == pytest.approx(by_hand(model, tokenizer, context, continuation), abs=1e-4)
 
@@ -67,13 +67,11 @@ def test_spaces_between_belong_to_the_continuation():
     assert first[0] == 7 and marks.decode_bytes(second) == b" hen"
 
 
-def test_a_long_text_is_counted_whole_and_a_long_context_loses_its_beginning():
+def test_a_long_context_loses_its_beginning():
     bpe = BPETokenizer.train(["the hen then the hen "] * 9, 280)
     torch.manual_seed(0)
     model = MiniLLM(ModelConfig(vocab_size=bpe.vocab_size, context_length=16, d_model=16, n_layers=1, n_heads=2)).eval()
-    short, long = "then the", "the hen then " * 20
-    assert text_log_prob(model, bpe, short) == pytest.approx(by_hand(model, bpe, "", short), abs=1e-4)
-    assert text_log_prob(model, bpe, long) < 3 * text_log_prob(model, bpe, long[:60])
+    long = "the hen then " * 20
     first, second = encode_pair(bpe, long, " hen")
     [(total, _)] = continuation_log_probs(model, [(first, second)])
     log_probs = model(torch.tensor([[*first, *second][-17:-1]])).detach().log_softmax(-1)[0]
@@ -112,3 +110,18 @@ def test_the_harness_says_what_we_say_of_the_tales_quiz(packaged, questions, tmp
         right += max(range(len(scores)), key=scores.__getitem__) == 0
     assert results["results"]["tales_quiz"]["acc,none"] == pytest.approx(right / len(rows))
     assert right / len(rows) > 0.5
+
+
+def test_the_harness_asks_for_whole_texts_and_for_new_ones(packaged):
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    model, tokenizer = packaged
+    theirs, tale = harness_model(model, tokenizer), TaleWorld("short", seed=3).tell().text
+    def ask(kind, *arguments): return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+    assert isinstance(theirs, lm_eval.api.model.LM)
+    [total] = theirs.loglikelihood_rolling([ask("loglikelihood_rolling", tale)])
+    assert total == pytest.approx(by_hand(model, tokenizer, "", tale), abs=1e-3)
+    [long] = theirs.loglikelihood_rolling([ask("loglikelihood_rolling", " ".join([tale] * 5))])
+    assert long < 2 * total
+    [text] = theirs.generate_until([ask("generate_until", "", {"until": ["."], "max_gen_toks": 30})])
+    assert text and "." not in text
