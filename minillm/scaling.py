@@ -6,8 +6,8 @@
 __all__ = ['CORPORA', 'WIDTHS', 'CHECK_WIDTH', 'STEPS', 'COOLDOWN', 'BATCH_SIZE', 'VOCABULARY', 'CONTEXT', 'Law', 'log_residuals',
            'huber', 'descend', 'fit_law', 'starts', 'from_law', 'profile', 'bootstrap', 'interval', 'family_config',
            'learning_rate', 'family_sizes', 'SweepData', 'sweep_data', 'advance', 'measure', 'add_points', 'write_text',
-           'make_point', 'jobs', 'missing_jobs', 'Points', 'as_points', 'forecast', 'run_sweep', 'save_results',
-           'load_results', 'along_budget', 'measured_along', 'valley', 'compute_optimal']
+           'make_point', 'save_results', 'load_results', 'jobs', 'missing_jobs', 'Points', 'as_points', 'forecast',
+           'run_sweep', 'along_budget', 'measured_along', 'valley', 'compute_optimal']
 
 # %% ../notebooks/15_scaling.ipynb #imports
 import json
@@ -190,7 +190,6 @@ def learning_rate(width: int) -> float:
     "Of Muon and AdamW both: narrower models take larger steps. By short runs of three widths, see the lesson."
     return 1e-2 * (128 / width) ** 0.5
 
-# %% ../notebooks/15_scaling.ipynb #sizes
 def family_sizes(width: int) -> dict[str, int]:
     "Three ways to count the parameters of a model of the family: without embedding and head, with the head, all."
     weights, all_parts = matrix_weights(family_config(width)), count_parameters(family_config(width))
@@ -235,7 +234,6 @@ def advance(run: Path, width: int, data: SweepData, steps: int, stop: int) -> No
     torch.manual_seed(0)
     train(MiniLLM(family_config(width)), data.batches(data.train), config, lambda event: event.step >= stop)
 
-# %% ../notebooks/15_scaling.ipynb #measure
 def measure(run: Path, data: SweepData, max_batches: int) -> dict:
     "What the model in the folder `run` has read and what it pays on unseen text, in nats; on tales beside the floor."
     model, _, _ = load_model(run, "cpu", "float32")
@@ -270,6 +268,22 @@ def make_point(folder: Path, width: int, steps: int, data: SweepData) -> list[di
     shutil.rmtree(branch)
     return points
 
+# %% ../notebooks/15_scaling.ipynb #results
+def save_results(folder: str | Path, path: str | Path) -> None:
+    "The points and the forecast of the sweep in `folder` as one small file of JSON."
+    rows, promised = read_lines(Path(folder) / "points.jsonl"), Path(folder) / "forecast.json"
+    columns = {name: [r[name] for r in rows] for name in rows[0]} if rows else {}
+    content = {"points": columns, "forecast": read_json(promised) if promised.is_file() else None}
+    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in columns.items()]
+    text = '{"points": {\n' + ",\n".join(lines) + '},\n"forecast": ' + json.dumps(content["forecast"]) + "}\n"
+    write_text(path, text)
+
+def load_results(path: str | Path | None = None) -> tuple[list[dict], dict | None]:
+    "The points of a sweep as `save_results` wrote them, and the forecast, if there was one; None: the package's own."
+    content = read_json(path or str(resources.files("minillm") / "scaling.json"))
+    names = list(content["points"])
+    return [dict(zip(names, row)) for row in zip(*content["points"].values())], content["forecast"]
+
 # %% ../notebooks/15_scaling.ipynb #jobs
 def jobs() -> Iterator[tuple[str, int, int]]:
     """(corpus, width, steps) of every point, the most useful first: short branches of all widths before long ones,
@@ -282,7 +296,6 @@ def jobs() -> Iterator[tuple[str, int, int]]:
     yield from family("pycode", STEPS[5])
     yield from family("tales-short", STEPS[6])
 
-# %% ../notebooks/15_scaling.ipynb #missing-jobs
 def missing_jobs(rows: Sequence[Mapping], todo: Sequence[tuple[str, int, int]] | None = None) -> list:
     "The jobs that have no points among `rows` yet."
     done = {(row["corpus"], row["width"], row["branch"]) for row in rows}
@@ -364,22 +377,6 @@ def run_sweep(folder: str | Path, on_points: Callable[[list[dict]], None] | None
         points = make_point(folder, width, steps, data[corpus])
         if on_points: on_points(points)
     return read_lines(folder / "points.jsonl")
-
-# %% ../notebooks/15_scaling.ipynb #results
-def save_results(folder: str | Path, path: str | Path) -> None:
-    "The points and the forecast of the sweep in `folder` as one small file of JSON."
-    rows, promised = read_lines(Path(folder) / "points.jsonl"), Path(folder) / "forecast.json"
-    columns = {name: [r[name] for r in rows] for name in rows[0]} if rows else {}
-    content = {"points": columns, "forecast": read_json(promised) if promised.is_file() else None}
-    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in columns.items()]
-    text = '{"points": {\n' + ",\n".join(lines) + '},\n"forecast": ' + json.dumps(content["forecast"]) + "}\n"
-    write_text(path, text)
-
-def load_results(path: str | Path | None = None) -> tuple[list[dict], dict | None]:
-    "The points of a sweep as `save_results` wrote them, and the forecast, if there was one; None: the package's own."
-    content = read_json(path or str(resources.files("minillm") / "scaling.json"))
-    names = list(content["points"])
-    return [dict(zip(names, row)) for row in zip(*content["points"].values())], content["forecast"]
 
 # %% ../notebooks/15_scaling.ipynb #isoflop
 def along_budget(law: Law, budget: float, length: float, count: str = "multiplied") -> tuple[np.ndarray, np.ndarray]:
