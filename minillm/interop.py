@@ -233,9 +233,10 @@ def read_rest(theirs: Mapping, family: Family) -> dict:
         flags = theirs["attention_bias"], theirs.get("mlp_bias", False)
         if flags not in BIASES: raise ValueError(f"attention_bias, mlp_bias = {flags} is not supported")
         rest["bias"] = BIASES[flags]
-    dropouts = {name: theirs.get(name, 0.0) for name in ("attention_dropout", "embd_pdrop", "attn_pdrop")}
-    if any(value not in (0.0, theirs.get("resid_pdrop")) for value in dropouts.values()):
-        warnings.warn(f"{dropouts}, which acts in training only, is left out: ours is one number for all", stacklevel=4)
+    taken = theirs.get("resid_pdrop", 0.0)
+    others = {name: theirs[name] for name in ("attention_dropout", "embd_pdrop", "attn_pdrop") if name in theirs}
+    if any(value != taken for value in others.values()):
+        warnings.warn(f"{others}, which act in training only, are left out: ours is one for all, {taken}", stacklevel=4)
     return {**rest, "activation": activation, **read_window(theirs, theirs.get("num_hidden_layers", 0))}
 
 def config_from_hub(theirs: Mapping, source: object = "config.json") -> ModelConfig:
@@ -258,8 +259,8 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-def read_header(file: Path) -> dict[str, dict]:
-    "The header of a safetensors file: what its tensors are and where. ValueError for any other file."
+def read_header(file: Path) -> tuple[dict, int]:
+    "The header of a safetensors file, and the byte where its numbers begin. ValueError for any other file."
     size = file.stat().st_size
     with open(file, "rb") as stream:
         start = stream.read(8)
@@ -272,27 +273,25 @@ def read_header(file: Path) -> dict[str, dict]:
         except ValueError as error: raise ValueError(f"{file} has a header that is no JSON: {error}") from None
     if not isinstance(header, dict): raise ValueError(f"{file} has a header that names no tensors")
     header.pop("__metadata__", None)
-    return header
+    return header, 8 + length
 
 def file_tensors(file: Path) -> dict[str, Stored]:
     "The tensors of a safetensors file by name. ValueError unless they fill it, without holes and overlaps."
-    first = end = 8 + int.from_bytes(open(file, "rb").read(8), "little")
-    found = {}
-    def order(item): return item[1]["data_offsets"]
-    header = read_header(file)
-    try:
-        for name, entry in sorted(header.items(), key=order):
-            shape, (begin, stop) = tuple(entry["shape"]), entry["data_offsets"]
-            if entry["dtype"] not in STORED_DTYPES:
-                raise ValueError(f"{file}: the tensor {name!r} is stored as {entry['dtype']}; minillm reads "
-                                 f"{', '.join(STORED_DTYPES)}")
-            dtype = STORED_DTYPES[entry["dtype"]]
-            if first + begin != end or stop - begin != prod(shape) * dtype.itemsize:
-                raise ValueError(f"{file}: the tensor {name!r} of shape {shape} and type {entry['dtype']} cannot "
-                                 f"stand at bytes {begin} to {stop}: the file is mislabelled")
-            found[name], end = Stored(file, end, shape, dtype), first + stop
-    except (KeyError, TypeError) as error:
+    (header, first), found, name = read_header(file), {}, "none"
+    try: entries = sorted((begin, stop, name, tuple(map(int, entry["shape"])), str(entry["dtype"]))
+                          for name, entry in header.items() for begin, stop in [map(int, entry["data_offsets"])])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has a header that describes no tensors: {error!r}") from None
+    end = first
+    for begin, stop, name, shape, kind in entries:
+        if kind not in STORED_DTYPES:
+            raise ValueError(f"{file}: the tensor {name!r} is stored as {kind}; minillm reads "
+                             f"{', '.join(STORED_DTYPES)}")
+        dtype = STORED_DTYPES[kind]
+        if first + begin != end or min(shape, default=0) < 0 or stop - begin != prod(shape) * dtype.itemsize:
+            raise ValueError(f"{file}: the tensor {name!r} of shape {shape} and type {kind} cannot stand at bytes "
+                             f"{begin} to {stop}: the file is mislabelled")
+        found[name], end = Stored(file, end, shape, dtype), first + stop
     if end != file.stat().st_size:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes, its tensors take {end:,}: it was cut off, or "
                          f"overwritten; the last tensor is {name!r}")
@@ -631,16 +630,16 @@ def check_regex(pattern: str) -> None:
 
 def regex_to_hub(pattern: str) -> str:
     "A pattern of ours for `tokenizers`: there {1,3}+ is no possessive repetition, and $ is the end of any line."
-    hub = re.sub(r"(\\[pPsS](?:\{\w+\})?)(\{\d+,\d*\})\+", r"(?>\1\2)", pattern).replace("$", r"\z")
+    hub = re.sub(r"(\\[pP]\{\w+\})(\{\d+,\d*\})\+", r"(?>\1\2)", pattern)
+    hub = re.sub(r"(\\.|\[[^]]*\])|\$", lambda found: found[1] or r"(?=\n?\z)", hub)     # no $ of a class, no \$
     check_regex(hub)
     return rf"{hub}|[\s\S]"
 
 def regex_from_hub(pattern: str) -> str:
     "The opposite of `regex_to_hub`."
-    ours = {regex_to_hub(known): known for known in PATTERNS.values()}
-    if pattern in ours: return ours[pattern]
     check_regex(pattern)
-    return pattern.removesuffix(r"|[\s\S]").replace(r"\z", r"\Z")
+    ours = re.sub(r"\(\?>(\\[pP]\{\w+\}\{\d+,\d*\})\)", r"\1+", pattern.removesuffix(r"|[\s\S]"))
+    return ours.replace(r"(?=\n?\z)", "$").replace(r"\z", r"\Z")
 
 # %% ../notebooks/16_interop.ipynb #write-byte-level
 def all_merges(ranks: Mapping) -> tuple[list[tuple], bool]:
@@ -711,8 +710,9 @@ def write_characters(t: CharTokenizer) -> dict:
 # %% ../notebooks/16_interop.ipynb #tokenizer-to-hub
 def write_special(t: Tokenizer) -> dict:
     "The special tokens of a tokenizer.json, and the ids that begin a text."
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": i, "content": name, **plain, "special": True} for name, i in t.special_tokens.items()]
+    plain, marked = dict.fromkeys(("single_word", "lstrip", "rstrip"), False), getattr(t, "marked", [])
+    added = [{"id": i, "content": name, **plain, "normalized": name in marked, "special": True}
+             for name, i in t.special_tokens.items()]
     by_id = {i: name for name, i in t.special_tokens.items()}
     if strange := [i for i in t.begin or () if i not in by_id]:
         raise ValueError(f"begin = {t.begin}, the ids that begin a text, must be of special tokens; {strange} are not")
@@ -836,6 +836,8 @@ def read_byte_level(data: dict, model: dict, special: dict[str, int], eos: str) 
     "GPT-2's kind of BPE."
     forms = [step["type"] for step in read_parts(data, "normalizer")]
     if forms not in ([], ["NFC"], ["NFD"], ["NFKC"], ["NFKD"]): raise not_understood("normalizer", data["normalizer"])
+    if forms and any(token.get("normalized") for token in data["added_tokens"]):
+        raise not_understood("added_tokens.normalized beside a normalizer", True)
     vocab, merges = read_vocab(model, special)
     ranks = {unspell(token): i for token, i in vocab.items()}
     lossy = len({token for token in ranks if len(token) == 1}) < 256
@@ -871,7 +873,8 @@ def read_fallback(data: dict, model: dict, special: dict[str, int], eos: str) ->
     named = {token for token in vocab if token.startswith("<0x")} | {model["unk_token"]}
     check_merges({token: i for token, i in vocab.items() if token not in named}, merges, True)
     front, cut = read_front(data)
-    return FallbackTokenizer(vocab, special, eos, front=front, cut=cut)
+    marked = [token["content"] for token in data["added_tokens"] if token.get("normalized") and front == "prepend"]
+    return FallbackTokenizer(vocab, special, eos, front=front, cut=cut, marked=marked)
 
 ANY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
@@ -899,7 +902,6 @@ def read_special(data: dict, folder: Path) -> tuple[dict[str, int], str]:
     special = {}
     for token in data.get("added_tokens", []):
         spaced = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
-        if token.get("normalized") and data.get("normalizer"): spaced.append("normalized")
         if spaced: raise not_understood(f"added_tokens, {token['content']!r}: {spaced[0]}", True)
         special[token["content"]] = token["id"]
     names = ("tokenizer_config.json", "special_tokens_map.json")

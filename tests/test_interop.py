@@ -289,7 +289,8 @@ def test_windows_in_an_order_of_their_own_are_an_error():
 def test_dropout_that_differs_by_place_is_left_out_with_a_warning():
     fields = dict(model_type="gpt2", vocab_size=9, n_positions=9, n_embd=8, n_layer=1, n_head=2)
     assert config_from_hub(fields).dropout == 0.1
-    with pytest.warns(UserWarning, match="attn_pdrop.*in training only"): assert config_from_hub(dict(fields, attn_pdrop=0.2)).dropout == 0.1
+    for value in (0.2, 0.0):
+        with pytest.warns(UserWarning, match="attn_pdrop.*in training only"): assert config_from_hub(dict(fields, attn_pdrop=value)).dropout == 0.1
 
 
 def rewrite(file, header: dict | None = None, cut: int = 0) -> None:
@@ -312,6 +313,9 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
     (lambda file: file.write_bytes((20).to_bytes(8, "little") + b"no JSON at all" * 9), "a header that is no JSON"),
     (lambda file: file.write_bytes((2).to_bytes(8, "little") + b"[]"), "a header that names no tensors"),
     (lambda file: file.write_bytes((9).to_bytes(8, "little") + b'{"a": {}}'), "describes no tensors"),
+    (lambda file: file.write_bytes((2).to_bytes(8, "little") + b"{}" + b"x" * 9), "the last tensor is 'none'"),
+    (lambda file: rewrite(file, {NORM: {"data_offsets": [1, 2, 3]}}), "describes no tensors"),
+    (lambda file: rewrite(file, {NORM: {"shape": [-4, -4]}}), "'model.norm.weight' of shape .* cannot stand at"),
     (lambda file: torch.save({"x": torch.ones(3)}, file), "a pickle, which could run a program"),
     (lambda file: file.write_bytes(pickle.dumps({"x": 1})), "a pickle, which could run a program"),
     (lambda file: rewrite(file, {NORM: {"dtype": "F8_E4M3"}}), "'model.norm.weight' is stored as F8_E4M3"),
