@@ -40,7 +40,7 @@ from .evaluation import (
 from .interop import hub_model_config, is_hub_folder, is_hub_id, open_model, save_pretrained, to_gguf
 from .model import PRESETS, MiniLLM, ModelConfig, check_choice
 from .sampling import GenerationConfig, Generator
-from .scaling import missing_jobs, run_sweep, save_results
+from .scaling import continue_from, missing_jobs, run_sweep, save_results
 from .tales import TaleError, TaleWorld, join, words
 from .tokenizer import (
     PATTERNS,
@@ -197,7 +197,7 @@ def evaluate(model: ModelName, *, data: str | None = None, field: str | None = N
         data: a corpus, whose validation part is taken; None: what the model was trained on. Tales are told afresh
         field: the column that holds the text; None: as in training
         max_samples: documents to read; None: 1,000 of tales, as in training of others
-        samples: texts that the model tells, and that are checked; None: 200 tales, 20 others
+        samples: texts that the model tells, and that are checked, or sought in its training text; None: 200 tales, 20 others
         json: a file for all figures; a picture of the same name is drawn beside it
         sequence_length: tokens that the model sees at a time in text that is no tale; None: its context length
         stride: tokens from one such window to the next; None: half a window
@@ -279,19 +279,22 @@ def info(name: Annotated[str, Positional, arg(metavar="PRESET|MODEL")] = "", *, 
     print(f"{'shape':15}" + f"\n{'':15}".join(shape))
 
 
-def scaling(*, out_dir: Path = Path("runs/scaling"), results: Path | None = None, max_minutes: float = math.inf) -> None:
+def scaling(*, out_dir: Path = Path("runs/scaling"), results: Path | None = None,
+            max_minutes: float = math.inf) -> None:
     """The sweep behind lesson 15: small models of many sizes and lengths of training. Killed, it goes on where it was.
 
-    All of it is some hours of one CPU core; one process at a time. The package's own results are remade by
-    `--results minillm/scaling.json`.
+    All of it is two or three hours of one quiet CPU core; one process at a time. `--results minillm/scaling.json`
+    continues the course's own sweep.
 
     Args:
         out_dir: the sweep's folder
-        results: the file for points and forecast, written after each point; None: scaling.json in OUT_DIR
+        results: the file for points and forecast, written after each point; None: scaling.json in OUT_DIR. If it is
+            there and OUT_DIR is new, what it holds is not trained again
         max_minutes: no further point is begun after so many
     """
     torch.set_num_threads(1)
     target = results or out_dir / "scaling.json"
+    continue_from(target, out_dir)
 
     def report(points: list[dict]) -> None:
         save_results(out_dir, target)
@@ -299,8 +302,8 @@ def scaling(*, out_dir: Path = Path("runs/scaling"), results: Path | None = None
             unit = p["documents"] if p["floor"] else p["targets"]
             loss = f"{p['nats'] / unit:8.3f} nats a {'tale' if p['floor'] else 'token'}"
             above = f", {(p['nats'] - p['floor']) / unit:7.3f} over the floor" if p["floor"] else ""
-            print(f"{p['corpus']:11} width {p['width']:4} {p['tokens']:>11,} tokens {'' if p['cooled'] else 'not '}cooled"
-                  f" {loss}{above}", flush=True)
+            cooled = "cooled" if p["cooled"] else "trunk "
+            print(f"{p['corpus']:11} width {p['width']:4} {p['tokens']:>11,} tokens {cooled} {loss}{above}", flush=True)
 
     rows = run_sweep(out_dir, report, max_seconds=60 * max_minutes)
     save_results(out_dir, target)

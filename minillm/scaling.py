@@ -6,8 +6,8 @@
 __all__ = ['CORPORA', 'WIDTHS', 'CHECK_WIDTH', 'STEPS', 'COOLDOWN', 'BATCH_SIZE', 'VOCABULARY', 'CONTEXT', 'Law', 'log_residuals',
            'huber', 'descend', 'fit_law', 'starts', 'from_law', 'profile', 'bootstrap', 'interval', 'family_config',
            'learning_rate', 'family_sizes', 'SweepData', 'sweep_data', 'advance', 'measure', 'add_points', 'write_text',
-           'make_point', 'save_results', 'load_results', 'jobs', 'missing_jobs', 'Points', 'as_points', 'forecast',
-           'run_sweep', 'along_budget', 'measured_along', 'valley', 'compute_optimal']
+           'make_point', 'save_results', 'load_results', 'continue_from', 'jobs', 'missing_jobs', 'Points', 'as_points',
+           'forecast', 'run_sweep', 'along_budget', 'measured_along', 'valley', 'compute_optimal']
 
 # %% ../notebooks/15_scaling.ipynb #imports
 import json
@@ -283,6 +283,15 @@ def load_results(path: str | Path | None = None) -> tuple[list[dict], dict | Non
     content = read_json(path or str(resources.files("minillm") / "scaling.json"))
     names = list(content["points"])
     return [dict(zip(names, row)) for row in zip(*content["points"].values())], content["forecast"]
+
+def continue_from(path: str | Path, folder: str | Path) -> None:
+    "Puts the points and the forecast of a results file into the folder of a sweep that has no points of its own."
+    folder = Path(folder)
+    if (folder / "points.jsonl").exists() or not Path(path).is_file(): return
+    rows, promised = load_results(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if promised: write_text(folder / "forecast.json", json.dumps(promised))
+    add_points(folder, rows)
 
 # %% ../notebooks/15_scaling.ipynb #jobs
 def jobs() -> Iterator[tuple[str, int, int]]:

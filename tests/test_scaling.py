@@ -290,6 +290,19 @@ def test_results_come_back_as_they_were_saved(small, tmp_path):
     with pytest.raises(ValueError, match="no cooled points of 'pycode'"): as_points(rows, "pycode")
 
 
+def test_a_sweep_continues_from_its_results_alone(small, tmp_path):
+    rows = scaling.run_sweep(tmp_path, todo=small[:2])
+    scaling.save_results(tmp_path, tmp_path / "results.json")
+    scaling.continue_from(tmp_path / "results.json", tmp_path / "new")
+    assert scaling.run_sweep(tmp_path / "new", todo=small[:2]) == rows, "nothing is trained again"
+    assert not (tmp_path / "new" / "tales-short-8").exists()
+    more = scaling.run_sweep(tmp_path / "new", todo=small[:3])
+    same = scaling.run_sweep(tmp_path, todo=small[:3])
+    assert [r["nats"] for r in more] == [r["nats"] for r in same], "a trunk that is gone is trained again, to the same weights"
+    scaling.continue_from(tmp_path / "other.json", tmp_path / "new")
+    assert scaling.run_sweep(tmp_path / "new", todo=small[:3]) == more, "a sweep with points of its own keeps them"
+
+
 def test_the_forecast_is_made_before_the_large_model_and_never_again(small, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "CHECK_WIDTH", 32)
     law, sizes, losses = planted(sizes=grid((8, 16, 24, 32), (10, 20)))
