@@ -197,7 +197,7 @@ def evaluate(model: ModelName, *, data: str | None = None, field: str | None = N
         data: a corpus, whose validation part is taken; None: what the model was trained on. Tales are told afresh
         field: the column that holds the text; None: as in training
         max_samples: documents to read; None: 1,000 of tales, as in training of others
-        samples: texts that the model tells, and that are checked, or sought in its training text; None: 200 tales, 20 others
+        samples: texts that the model tells, to check, or to seek in its training text; None: 200 tales, 20 others
         json: a file for all figures; a picture of the same name is drawn beside it
         sequence_length: tokens that the model sees at a time in text that is no tale; None: its context length
         stride: tokens from one such window to the next; None: half a window
