@@ -2,7 +2,6 @@
 import json
 import math
 import random
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from minillm.checkpoints import RunFolder, load_model, save_model, write_json
 from minillm.data import Batches, load_corpus, prepare, tokenize_once
 from minillm.evaluation import (
-    KINDS,
+    WORD_KINDS,
     ChoiceItem,
     SuffixAutomaton,
     TaleScores,
@@ -159,13 +158,13 @@ def test_parts_by_kind_add_up_whatever_the_tokenizer(name):
     world, tokenizer = TaleWorld("short"), TOKENIZERS[name]()
     model = small(tokenizer.vocab_size, context_length=700)
     scores = score_tales(model, tokenizer, world, TALES[:20], kinds=True)
-    assert tuple(scores.kinds) == KINDS
+    assert tuple(scores.kinds) == WORD_KINDS
     total = sum(scores.kinds.values())
     assert np.allclose(total[:, 1], scores.nats) and np.allclose(total[:, 2], scores.floors)
     assert total[:, 0].tolist() == [len(words(text)) + 1 for text in TALES[:20]], "every word once, and the end"
     assert sum(e.value for e in scores.kind_excess.values()) == pytest.approx(scores.excess.value)
     if name == "word":
-        for kind in KINDS: assert scores.kinds[kind][0, 0] == sum(w.kind == kind for w in world.parse(TALES[0]).words) + (kind == "forced")
+        for kind in WORD_KINDS: assert scores.kinds[kind][0, 0] == sum(w.kind == kind for w in world.parse(TALES[0]).words) + (kind == "forced")
         assert np.allclose(scores.kinds["forced"][:, 2], 0)
 
 
