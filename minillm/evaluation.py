@@ -180,7 +180,7 @@ def ends(sizes: Iterable[int]) -> list[int]:
     return np.cumsum(list(sizes)).tolist()
 
 # %% ../notebooks/13_evaluation.ipynb #align
-WORD_KINDS = ("new", "template", "recall", "count", "pronoun", "forced")      # of words, as `TaleWorld.parse` gives them
+WORD_KINDS = ("new", "template", "recall", "count", "pronoun", "forced")      # as `TaleWorld.parse` gives them
 
 def kind_costs(parse: Parse, tokenizer: Tokenizer, ids: Sequence[int], nats: Sequence[float]) -> dict[str, tuple]:
     """{kind: (words, nats of the model, nats of the tale itself)} of a tale's ids, its end token last.
