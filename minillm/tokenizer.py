@@ -282,17 +282,17 @@ def learn_merges(counts: Mapping[bytes, int], n_merges: int) -> list[tuple[bytes
     return merges
 
 # %% ../notebooks/02_tokenizer.ipynb #merge-bytes
-def merge_bytes(piece: bytes, ranks: Mapping[bytes, int], below: float = math.inf) -> list[bytes]:
+def merge_bytes(piece: bytes, ranks: Mapping[bytes, int], below: float = math.inf, pairs: bool = False) -> list[bytes]:
     """`piece` in tokens: again and again the neighbours are joined whose token has the lowest rank, the leftmost first.
 
-    Only ranks smaller than `below` count. n bytes take n log n steps.
+    Only ranks smaller than `below` count. With `pairs` they are ranks of pairs. n bytes take n log n steps.
     """
     size = len(piece)
     end_of, start_of = list(range(1, size + 1)), list(range(-1, size))   # of the token that starts, or ends, at a byte
     queue = []
 
     def offer(start, middle, end):
-        rank = ranks.get(piece[start:end])
+        rank = ranks.get((piece[start:middle], piece[middle:end]) if pairs else piece[start:end])
         if rank is not None and rank < below: heapq.heappush(queue, (rank, start, middle, end))
 
     for start in range(size - 1): offer(start, start + 1, start + 2)
@@ -359,7 +359,7 @@ class BPETokenizer(Tokenizer):
                  special_tokens: Iterable[str] | Mapping[str, int] = (END_OF_TEXT,), eos_token: str = END_OF_TEXT, *,
                  normalize: str | None = None, lossy: bool = False):
         if not lossy: check_bytes(ranks)
-        if normalize: unicodedata.normalize(normalize, "")                   # ValueError for an unknown form
+        if normalize not in (None, "NFC", "NFD", "NFKC", "NFKD"): raise ValueError(f"normalize={normalize!r}: no form")
         self.ranks, self.pattern, self.normalize = dict(ranks), PATTERNS.get(pattern, pattern), normalize
         self.lost = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
         super().__init__({rank: token for token, rank in self.ranks.items()}, special_tokens, eos_token)
@@ -633,18 +633,22 @@ class FallbackTokenizer(Tokenizer):
 
     `pieces`: id by token, <0x00> to <0xFF> among them; a lower id merges first. `front`: which texts get a mark in
     front: "never", "first" and "always" (of the parts between special tokens), these two only where there is none,
-    or "prepend", always one more. With `cut` nothing merges across a mark.
+    or "prepend", always one more. With `cut` nothing merges across a mark. The special tokens in `marked` are looked
+    for after the marking: they count only behind a mark, and swallow it. With `merges`, a list of pairs, only these
+    merge, the first of them first, whatever the ids.
     """
     kind = "byte-fallback"
 
     def __init__(self, pieces: Mapping[str, int], special_tokens: Iterable[str] | Mapping[str, int] = (END_OF_TEXT,),
-                 eos_token: str = END_OF_TEXT, *, front: str = "never", cut: bool = False):
+                 eos_token: str = END_OF_TEXT, *, front: str = "never", cut: bool = False, marked: Iterable[str] = (),
+                 merges: Iterable[tuple[str, str]] | None = None):
         if front not in ("never", "first", "always", "prepend"): raise ValueError(f"front={front!r} is not known")
         if lacking := [name for byte in range(256) if (name := f"<0x{byte:02X}>") not in pieces]:
             raise ValueError(f"the tokens lack {lacking[:3]}: 256 for single bytes are needed to fall back on")
         self.byte_ids = [pieces[f"<0x{byte:02X}>"] for byte in range(256)]
         self.pieces = {piece: i for piece, i in pieces.items() if not re.fullmatch("<0x[0-9A-F]{2}>", piece)}
-        self.front, self.cut = front, cut
+        self.front, self.cut, self.marked = front, cut, list(marked)
+        self.merges = None if merges is None else {(left, right): place for place, (left, right) in enumerate(merges)}
         tokens = {i: piece.replace(SPACE_MARK, " ").encode() for piece, i in self.pieces.items()}
         tokens |= {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
         super().__init__(tokens, special_tokens, eos_token)
@@ -654,18 +658,38 @@ class FallbackTokenizer(Tokenizer):
 
     def _ids_of(self, piece: bytes) -> list[int]:
         ids = []
-        for part in merge_bytes(piece.decode("utf-8", "surrogateescape"), self.pieces):
+        ranks, pairs = (self.pieces, False) if self.merges is None else (self.merges, True)
+        for part in merge_bytes(piece.decode("utf-8", "surrogateescape"), ranks, pairs=pairs):
             known = self.pieces.get(part)
             ids += [self.byte_ids[b] for b in part.encode("utf-8", "surrogateescape")] if known is None else [known]
         return ids
 
-    def encode_ordinary(self, text: str, start: int = 0) -> list[int]:
-        "The ids of `text`, in which no special token counts; `start` is its place in a longer text."
-        if not text: return []
+    def encode(self, text: str, allowed_special: Iterable[str] | str = ()) -> list[int]:
+        "The ids of `text`, as for every tokenizer; for the special tokens in `marked`, see above."
+        if not self.marked: return super().encode(text, allowed_special)
+        check_text(text)
+        names = [allowed_special] if isinstance(allowed_special, str) else list(allowed_special)
+        if allowed_special == "all": names = list(self.special_tokens)
+        before = [name for name in names if name not in self.marked]
+        after = {SPACE_MARK + name: self.special_tokens[name] for name in self.marked if name in names}
+        ids, start = [], 0
+        for place, part in enumerate(split_special(text, before, self.special_tokens)):
+            pieces = [part] if place % 2 else split_special(self.mark(part, start), "all", after)
+            for turn, piece in enumerate(pieces, start=place % 2):
+                ids += [(self.special_tokens | after)[piece]] if turn % 2 else self._cache.encode(piece)
+            start += len(part)
+        return ids
+
+    def mark(self, text: str, start: int = 0) -> str:
+        "`text` with a mark for each space, and in front; `start` is its place in a longer text."
         marked = text.replace(" ", SPACE_MARK)
         wanted = self.front == "always" or (self.front == "first" and start == 0)
-        if self.front == "prepend" or (wanted and not marked.startswith(SPACE_MARK)): marked = SPACE_MARK + marked
-        return self._cache.encode(marked)
+        in_front = text and (self.front == "prepend" or (wanted and not marked.startswith(SPACE_MARK)))
+        return SPACE_MARK + marked if in_front else marked
+
+    def encode_ordinary(self, text: str, start: int = 0) -> list[int]:
+        "The ids of `text`, in which no special token counts; `start` is its place in a longer text."
+        return self._cache.encode(self.mark(text, start))
 
     def decode(self, ids: Iterable[int]) -> str:
         "The text of `ids`; where texts get a mark in front, without a first space."
@@ -675,9 +699,11 @@ class FallbackTokenizer(Tokenizer):
     def settings(self) -> dict:
         pieces = self.pieces | {f"<0x{byte:02X}>": i for byte, i in enumerate(self.byte_ids)}
         tokens = [[i, piece] for piece, i in sorted(pieces.items(), key=lambda item: item[1])]
-        return {"front": self.front, "cut": self.cut, "tokens": tokens}
+        merges = self.merges and list(map(list, self.merges))
+        return {"front": self.front, "cut": self.cut, "marked": self.marked, "merges": merges, "tokens": tokens}
 
     @classmethod
     def from_dict(cls, data: dict) -> "FallbackTokenizer":
         pieces = {piece: i for i, piece in data["tokens"]}
-        return cls(pieces, data["special_tokens"], data["eos_token"], front=data["front"], cut=data["cut"])
+        return cls(pieces, data["special_tokens"], data["eos_token"], front=data["front"], cut=data["cut"],
+                   marked=data["marked"], merges=data["merges"])

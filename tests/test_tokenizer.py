@@ -20,6 +20,7 @@ from minillm.tokenizer import (
     PATTERNS,
     BPETokenizer,
     CharTokenizer,
+    FallbackTokenizer,
     SentencePieceTokenizer,
     UnigramTokenizer,
     best_split,
@@ -370,6 +371,17 @@ def test_the_end_token_is_always_there_and_special_ids_come_last():
     assert CharTokenizer("ab").special_tokens == {END_OF_TEXT: 2}
 
 
+def test_other_peoples_settings_normalize_and_lose_bytes():
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256}
+    plain, nfc = BPETokenizer(ranks), BPETokenizer(ranks, normalize="NFC")
+    assert nfc.encode("e\u0301") == plain.encode("é") != plain.encode("e\u0301")
+    lossy = BPETokenizer({t: r for t, r in ranks.items() if t != b"\0"}, "(?s:.+)", lossy=True)
+    assert lossy.encode("a\0b") == [256] and plain.encode("a\0b") == [97, 0, 98]
+    for kind in (nfc, lossy):
+        with pytest.raises(ValueError, match="tiktoken"): kind.to_tiktoken()
+    with pytest.raises(ValueError): BPETokenizer(ranks, normalize="NFX")
+
+
 def test_special_ids_may_stand_anywhere_but_on_a_token():
     ranks = {bytes([b]): b + 17 for b in range(256)}
     kind = BPETokenizer(ranks, special_tokens={END_OF_TEXT: 0, "<|user|>": 400})
@@ -401,17 +413,55 @@ def test_an_unknown_character_becomes_the_token_that_was_asked_for():
     assert again.encode("ß") == kind.encode("ß") and again.fingerprint == kind.fingerprint
 
 
+# Characters with bytes to fall back on
+
+def fallback(**settings):
+    names = [f"<0x{byte:02X}>" for byte in range(256)] + [*"▁theno", "▁t", "he", "▁the", "th"]
+    return FallbackTokenizer({name: i for i, name in enumerate(names)}, **settings), names
+
+
+@pytest.mark.parametrize("front, first, inner", [("never", "he t", "he"), ("first", "▁he t", "he"), ("always", "▁he t", "▁he"), ("prepend", "▁he t", "▁he")])
+def test_marks_stand_in_front_as_the_setting_says(front, first, inner):
+    kind, names = fallback(front=front)
+    assert "".join(names[i] for i in kind.encode("he t")) == first.replace(" ", "▁")
+    assert "".join(names[i] for i in kind.encode(f"{END_OF_TEXT}he", "all")[1:]) == inner
+    assert "".join(names[i] for i in kind.encode(" he")) == ("▁▁he" if front == "prepend" else "▁he")
+    assert kind.encode("") == [] and kind.decode(kind.encode("the one")) == "the one"
+
+
+def test_an_unknown_character_falls_back_to_its_bytes_and_comes_back():
+    kind, names = fallback(front="prepend")
+    assert [names[i] for i in kind.encode("theß")] == ["▁the", "<0xC3>", "<0x9F>"]
+    assert kind.decode_bytes(kind.encode_bytes(b"the\xff")) == b" the\xff"
+    with pytest.raises(ValueError, match="<0x00>"): FallbackTokenizer({"a": 0})
+    with pytest.raises(ValueError, match="front"): fallback(front="behind")
+
+
+@given(mixed.filter(lambda text: "\u2581" not in text))
+@quick
+def test_a_text_with_marks_comes_back(text):
+    for settings in ({}, {"front": "prepend"}, {"cut": True}): assert fallback(**settings)[0].decode(fallback(**settings)[0].encode(text)) == text
+
+
+def test_pairs_merge_in_the_order_of_their_list():
+    kind, names = fallback(merges=[("t", "h"), ("h", "e")])
+    assert [names[i] for i in kind.encode("the he")] == ["th", "e", "▁", "he"] != [names[i] for i in fallback()[0].encode("the he")]
+
+
 # Files
 
 def test_every_kind_is_saved_loaded_and_the_same(bpe, unigram, sentencepiece, tmp_path):
     odd = BPETokenizer.train(["naïve 狐\\"], 290, pattern="tales")
-    for kind in (odd, bpe, unigram, sentencepiece, CharTokenizer.train(DOCS)):
+    foreign = BPETokenizer({t: r for t, r in bpe.ranks.items() if t != b"\xff"}, normalize="NFC", lossy=True)
+    marks = fallback(front="first", cut=True, marked=[END_OF_TEXT], merges=[("h", "e")])[0]
+    marks.begin = [marks.eos_id]
+    for kind in (odd, bpe, unigram, sentencepiece, CharTokenizer.train(DOCS), foreign, marks):
         path = tmp_path / "new folder" / f"{kind.kind}.json"
         kind.save(path)
         again = load_tokenizer(path)
         assert type(again) is type(kind) and again.fingerprint == kind.fingerprint and again.to_dict() == kind.to_dict()
         assert again.vocab_size == kind.vocab_size and again.special_tokens == kind.special_tokens
-        assert again.encode(DOCS[0]) == kind.encode(DOCS[0])
+        assert again.encode(DOCS[0]) == kind.encode(DOCS[0]) and again.begin == kind.begin
         assert type(kind).load(path).fingerprint == kind.fingerprint
         assert pickle.loads(pickle.dumps(kind)).fingerprint == kind.fingerprint
     assert {entry.suffix for entry in path.parent.iterdir()} == {".json"}       # no half-written file stays behind
