@@ -689,7 +689,7 @@ def write_fallback(t: FallbackTokenizer) -> dict:
     vocab = t.pieces | {f"<0x{byte:02X}>": i for byte, i in enumerate(t.byte_ids)}
     normal = None if in_front and t.front != "prepend" else {"type": "Sequence", "normalizers": steps}
     return {"normalizer": normal, "pre_tokenizer": spaces if in_front else None,
-            "model": write_bpe(vocab, all_merges(t.pieces)[0], byte_fallback=True, fuse_unk=True),
+            "model": write_bpe(vocab, list(t.merges or all_merges(t.pieces)[0]), byte_fallback=True, fuse_unk=True),
             "decoder": {"type": "Sequence", "decoders": decoders}}
 
 def write_unigram(t: UnigramTokenizer) -> dict:
@@ -871,10 +871,12 @@ def read_fallback(data: dict, model: dict, special: dict[str, int], eos: str) ->
                              "true, false without a ByteLevel pre_tokenizer")
     vocab, merges = read_vocab(model, special)
     named = {token for token in vocab if token.startswith("<0x")} | {model["unk_token"]}
-    check_merges({token: i for token, i in vocab.items() if token not in named}, merges, True)
+    try: check_merges({token: i for token, i in vocab.items() if token not in named}, merges, True)
+    except ValueError: pass         # an older version of transformers forgot the first pair when it converted a file
+    else: merges = None
     front, cut = read_front(data)
     marked = [token["content"] for token in data["added_tokens"] if token.get("normalized") and front == "prepend"]
-    return FallbackTokenizer(vocab, special, eos, front=front, cut=cut, marked=marked)
+    return FallbackTokenizer(vocab, special, eos, front=front, cut=cut, marked=marked, merges=merges)
 
 ANY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
@@ -1050,7 +1052,8 @@ def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int) -> dict:
     """What a GGUF's fields `tokenizer.ggml.*` say of a tokenizer, for a model of `n_rows` ids.
 
     ValueError where llama.cpp has no such tokenizer. It neither normalizes nor leaves out a first space mark: ids are
-    ours for text that is in NFC, and that does not begin with a space where `front` is "first" or "always".
+    ours for text that is in NFC, and that does not begin with a space where `front` is "first" or "always". It merges
+    by ids even where a FallbackTokenizer has `merges` of its own, as the SentencePiece model behind such a file does.
     """
     if isinstance(tokenizer, SentencePieceTokenizer): tokenizer = sentencepiece_to_fallback(tokenizer)
     begin = tokenizer.begin or [tokenizer.eos_id]

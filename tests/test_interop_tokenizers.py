@@ -95,7 +95,7 @@ def make_llama3(folder):
     return made.from_file(str(folder / "tokenizer.json"))
 
 
-def byte_fallback(folder, *, normalizer=None, pre=None, all_pairs=True):
+def byte_fallback(folder, *, normalizer=None, pre=None, all_pairs=True, old=False):
     "A BPE of characters with <0x..> to fall back on, in the order of Llama 2: special, bytes, merges, characters."
     trained = hub.Tokenizer(models.BPE())
     trained.normalizer, trained.pre_tokenizer = normalizers.Replace(" ", "▁"), pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -106,12 +106,12 @@ def byte_fallback(folder, *, normalizer=None, pre=None, all_pairs=True):
     vocab = {name: i for i, name in enumerate(names)}
     pieces = {t: i for t, i in vocab.items() if i > 258}
     merges = every_pair(pieces, lambda t: (pieces[t], -len(t))) if all_pairs else [tuple(pair) for pair in learned["merges"]]
-    made = hub.Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made = hub.Tokenizer(models.BPE(vocab=vocab, merges=merges[1:] if old else merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     if normalizer: made.normalizer = normalizer
     if pre: made.pre_tokenizer = pre
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     made.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)])
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+    made.add_special_tokens([AddedToken(name, normalized=old and name != "</s>") for name in ("<unk>", "<s>", "</s>")])
     made.save(str(folder / "tokenizer.json"))
     config(folder, {"content": "</s>", "lstrip": False}, bos_token="<s>")
     return made
@@ -119,6 +119,12 @@ def byte_fallback(folder, *, normalizer=None, pre=None, all_pairs=True):
 
 def make_llama2(folder):
     return byte_fallback(folder, normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
+
+
+def make_old_llama2(folder):
+    "As transformers converted it in early 2023: the first pair is forgotten, and special tokens are looked for behind the mark."
+    steps = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return byte_fallback(folder, normalizer=steps, old=True)
 
 
 def make_llama2_metaspace(folder): return byte_fallback(folder, pre=pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
@@ -130,7 +136,7 @@ def make_mistral(folder): return byte_fallback(folder, pre=pre_tokenizers.Metasp
 def make_split_at_marks(folder): return byte_fallback(folder, pre=pre_tokenizers.Metaspace(prepend_scheme="first", split=True))
 
 
-FAMILIES = {"gpt2": make_gpt2, "llama3": make_llama3, "smollm": make_smollm, "qwen": make_qwen, "llama2": make_llama2,
+FAMILIES = {"gpt2": make_gpt2, "llama3": make_llama3, "smollm": make_smollm, "qwen": make_qwen, "llama2": make_llama2, "llama2-old": make_old_llama2,
             "llama2-metaspace": make_llama2_metaspace, "mistral": make_mistral, "split-at-marks": make_split_at_marks}
 
 
@@ -180,6 +186,16 @@ def test_bytes_that_a_file_lacks_are_dropped_as_the_library_drops_them(tmp_path)
     ours = tokenizer_from_hub(tmp_path)
     assert ours.lost and ours.encode("a\x00\x01b") == theirs.encode("a\x00\x01b").ids
     with pytest.raises(ValueError, match="tiktoken"): ours.to_tiktoken()
+
+
+def test_only_an_odd_list_of_merges_is_kept(tmp_path):
+    make_llama2(tmp_path)
+    assert tokenizer_from_hub(tmp_path).merges is None and not tokenizer_from_hub(tmp_path).marked
+    make_old_llama2(tmp_path)
+    ours = tokenizer_from_hub(tmp_path)
+    assert ours.merges and ours.marked == ["<unk>", "<s>"]
+    assert ours.encode("<s>a", "<s>")[0] == 1 and 1 not in ours.encode("a<s>", "all") and 1 not in ours.encode("<s>a")
+    with pytest.raises(ValueError, match="nobody"): ours.encode("a", ["nobody"])
 
 
 def test_what_composes_otherwise_are_young_combining_marks():
