@@ -440,7 +440,9 @@ def test_an_unknown_character_falls_back_to_its_bytes_and_comes_back():
 @given(mixed.filter(lambda text: "\u2581" not in text))
 @quick
 def test_a_text_with_marks_comes_back(text):
-    for settings in ({}, {"front": "prepend"}, {"cut": True}): assert fallback(**settings)[0].decode(fallback(**settings)[0].encode(text)) == text
+    for habits in ({}, {"front": "prepend"}, {"cut": True}):
+        kind, _ = fallback(**habits)
+        assert kind.decode(kind.encode(text)) == text
 
 
 def test_pairs_merge_in_the_order_of_their_list():
