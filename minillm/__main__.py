@@ -74,7 +74,7 @@ Sampling = OmitArgPrefixes[GenerationConfig]
 
 def quickstart(*, seed: int = 0, out_dir: str = "runs/quickstart", plots: Path = Path("plots"),
                samples: int = 200) -> None:
-    """From nothing to a model that tells tales: two minutes on two CPU cores, nothing to download.
+    """From nothing to a model that tells tales: two minutes of one CPU core, nothing to download.
 
     Trains a small model on freshly told tales, draws its loss beside the lowest that any model can reach, and checks
     what it tells.
@@ -499,11 +499,12 @@ def run_settings(folder: str | Path) -> dict:
 
 
 def known_of(model: str, about: Mapping) -> dict:
-    "What is recorded of a model, for its card: the settings of its run, and its last evaluation."
+    "What is recorded of a model, for its card: the settings of its run, and the evaluation of the step that it is."
     recorded = {name: value for name, value in run_settings(model).items()
                 if name in ("data", "tokenizer", "preset", "steps", "batch_size", "optimizer", "learning_rate", "seed")}
-    last = next((record for record in reversed(RunFolder(model).metrics()) if "validation_loss" in record), {})
-    figures = {"validation_loss_nats_a_token": last.get("validation_loss"), "excess_nats_a_tale": last.get("excess")}
+    found = next((record for record in RunFolder(model).metrics()
+                  if "validation_loss" in record and record["step"] == about.get("step")), {})
+    figures = {"validation_loss_nats_a_token": found.get("validation_loss"), "excess_nats_a_tale": found.get("excess")}
     return {**recorded, **{name: round(value, 4) for name, value in figures.items() if value is not None}, **about}
 
 
@@ -681,7 +682,7 @@ USAGE = f"usage: {PROGRAM} COMMAND [OPTIONS]\n\n" + "\n".join(
 def main(arguments: list[str] | None = None) -> int:
     "Runs one command; returns its exit status."
     os.environ.setdefault("MPLBACKEND", "agg")                  # pictures go to files, on machines without a screen too
-    warnings.filterwarnings("ignore", "Mismatch dtype")         # RMSNorm under autocast: slower, and three steps know
+    warnings.filterwarnings("ignore", "Mismatch dtype")         # RMSNorm under autocast: slower, which three timed steps see
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         if name in ("--version", "-V"): print(f"minillm {__version__}")

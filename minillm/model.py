@@ -208,7 +208,8 @@ def place(x: Tensor, positions: Tensor, kind: nn.Module) -> tuple[Tensor, Callab
 # %% ../notebooks/08_model.ipynb #initialize
 def initialize(model: nn.Module, n_layers: int) -> None:
     """Weights from N(0, 0.02), biases 0. What adds to the stream (`output`, `down`) is smaller by sqrt(2 n_layers):
-    so often is added, and the sum shall not grow with depth (GPT-2: Radford et al. 2019, section 2.3)."""
+    so often is added, and the sum shall not grow with depth (GPT-2: Radford et al. 2019, section 2.3). An untied
+    model then starts its table of words anew, from N(0, 1)."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding): continue
         adds = name.endswith((".output", ".down"))
@@ -241,7 +242,7 @@ class MiniLLM(nn.Module):
         self.gradient_checkpointing = False
         initialize(self, config.n_layers)
         if config.tie_embeddings: self.head.weight = self.embedding.weight
-        else: nn.init.normal_(self.embedding.weight)   # as large as what a norm gives: see below
+        else: nn.init.normal_(self.embedding.weight)   # as large as what a norm gives, so that blocks do not drown it
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         "ids (B, T) -> logits (B, T, V). With a cache, ids follow what is in it. ValueError past `config.max_length`."

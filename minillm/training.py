@@ -87,7 +87,7 @@ def evaluate(model: nn.Module, data: Iterable, *, max_batches: int | None = None
             if floor is None and hasattr(data, "floor"): floors.append(data.floor(*batch))
     finally: model.train(was_training)
     if not tokens: raise ValueError("there is nothing to evaluate on: no batches, or every target is masked")
-    if floors and None not in floors: floor = sum(nats for nats, _ in floors)
+    if floors and None not in floors: floor = sum(paid for paid, _ in floors)
     return Evaluation(nats, tokens, documents, floor)
 
 def to_device(tree, device: torch.device):
