@@ -682,7 +682,7 @@ USAGE = f"usage: {PROGRAM} COMMAND [OPTIONS]\n\n" + "\n".join(
 def main(arguments: list[str] | None = None) -> int:
     "Runs one command; returns its exit status."
     os.environ.setdefault("MPLBACKEND", "agg")                  # pictures go to files, on machines without a screen too
-    warnings.filterwarnings("ignore", "Mismatch dtype")         # RMSNorm under autocast: slower, which three timed steps see
+    warnings.filterwarnings("ignore", "Mismatch dtype")         # of RMSNorm under autocast: slower, and timed
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         if name in ("--version", "-V"): print(f"minillm {__version__}")
