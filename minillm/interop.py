@@ -32,7 +32,6 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -44,6 +43,7 @@ from minillm.checkpoints import (
     load_model,
     named_tensors,
     read_json,
+    save_tensors,
     write_json,
 )
 from minillm.tokenizer import (
@@ -578,10 +578,10 @@ def save_pretrained(model: MiniLLM, tokenizer: Tokenizer | None, path: str | Pat
     stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(path) as folder:
-        safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        for name, content in {"config.json": {**theirs, **special, "torch_dtype": stored}, "generation_config.json":
-                              {**special, "do_sample": True, "max_length": model.config.context_length}}.items():
-            (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        save_tensors(folder / WEIGHTS, weights)
+        write_json(folder / "config.json", {**theirs, **special, "torch_dtype": stored})
+        write_json(folder / "generation_config.json",
+                   {**special, "do_sample": True, "max_length": model.config.context_length})
         if tokenizer is not None: tokenizer_to_hub(tokenizer, folder)
         card = model_card(model, tokenizer, path.name, dict(info or {}), license)
         (folder / "README.md").write_text(card, encoding="utf-8")
