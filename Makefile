@@ -32,7 +32,7 @@ export: .venv/.test              ## notebooks -> minillm/*.py
 store: .venv/.test               ## execute notebooks in place and clean what is stored
 	OMP_NUM_THREADS=1 $(BIN)/python tools/lessons.py store $(LESSON)
 
-figures: .venv/.test             ## pictures of the stored lessons -> plots/
+figures: .venv/.test             ## pictures of the stored lessons -> .build/figures, the README's -> plots/
 	$(BIN)/python tools/lessons.py figures $(LESSON)
 
 address: .venv/.test             ## URL=https://... : one repository address everywhere

@@ -4,7 +4,7 @@
     python tools/lessons.py text 01      notebooks/01_*.ipynb -> .build/01_*.py
     python tools/lessons.py export 01    notebooks/01_*.ipynb -> minillm/*.py
     python tools/lessons.py store 01     execute in place from a clean kernel, then clean what is stored
-    python tools/lessons.py figures      every stored picture to .build/figures; those tagged figure:NAME to plots/NAME.png
+    python tools/lessons.py figures      every stored picture to .build/figures; those tagged figure:NAME that README.md shows to plots/NAME.png
     python tools/lessons.py address URL  one repository address everywhere
 
 Several lessons may be named; none means all. A store is byte-identical from run to run (same pinned matplotlib), timings aside.
@@ -171,7 +171,8 @@ def where_picture(stem: str) -> str:
 
 
 def figures(path: Path) -> None:
-    "Every stored picture of a notebook to .build/figures, and the tagged ones to plots/."
+    "Every stored picture of a notebook to .build/figures; those tagged figure:NAME that README.md shows to plots/."
+    shown = (ROOT / "README.md").read_text(encoding="utf-8")
     (BUILD / "figures").mkdir(parents=True, exist_ok=True)
     PLOTS.mkdir(exist_ok=True)
     for cell in nbformat.read(path, as_version=4).cells:
@@ -181,7 +182,8 @@ def figures(path: Path) -> None:
         for tag in cell.metadata.get("tags", []):
             if tag.startswith("figure:"):
                 if not pictures: sys.exit(f"{path.name}: cell {cell.id} is tagged {tag} and stores no picture")
-                (PLOTS / f"{tag.removeprefix('figure:')}.png").write_bytes(base64.b64decode(pictures[-1]))
+                name = f"{tag.removeprefix('figure:')}.png"
+                if f"plots/{name}" in shown: (PLOTS / name).write_bytes(base64.b64decode(pictures[-1]))
 
 
 def address(url: str) -> None:
