@@ -295,15 +295,14 @@ def continue_from(path: str | Path, folder: str | Path) -> None:
 
 # %% ../notebooks/15_scaling.ipynb #jobs
 def jobs() -> Iterator[tuple[str, int, int]]:
-    """(corpus, width, steps) of every point, the most useful first: short branches of all widths before long ones,
-    pycode behind the tales, and the model to forecast when what its forecast needs is there."""
-    def family(corpus, *levels): return ((corpus, width, steps) for steps in levels for width in WIDTHS)
-    for levels in (STEPS[:2], STEPS[2:3], STEPS[3:4], STEPS[4:5]):
-        for corpus in CORPORA: yield from family(corpus, *levels)
-    yield from family("tales-short", STEPS[5])
-    yield from (("tales-short", CHECK_WIDTH, steps) for steps in STEPS[2:6])
-    yield from family("pycode", STEPS[5])
-    yield from family("tales-short", STEPS[6])
+    """(corpus, width, steps) of every point, the most useful first: short branches of all widths before long ones. The
+    larger model begins when the tales have 800 steps, and each further branch of it follows the family's."""
+    checks = {STEPS[3]: STEPS[1:4], STEPS[4]: STEPS[4:5], STEPS[5]: STEPS[5:6]}
+    for steps in STEPS:
+        for width in WIDTHS: yield "tales-short", width, steps
+        for branch in checks.get(steps, ()): yield "tales-short", CHECK_WIDTH, branch
+        if steps < STEPS[-1]:
+            for width in WIDTHS: yield "pycode", width, steps
 
 def missing_jobs(rows: Sequence[Mapping], todo: Sequence[tuple[str, int, int]] | None = None) -> list:
     "The jobs that have no points among `rows` yet."
