@@ -16,10 +16,12 @@ import torch
 
 from minillm.__main__ import start_model
 from minillm.checkpoints import read_json, write_json
-from minillm.data import Batches, load_corpus, prepare, tokenize_once
+from minillm.data import TALE_CORPORA, prepare
+from minillm.evaluation import score_tales
 from minillm.model import MiniLLM
+from minillm.tales import TaleWorld
 from minillm.tokenizer import Tokenizer
-from minillm.training import evaluate, load_recipe, train
+from minillm.training import load_recipe, train
 
 RESULTS = Path(__file__).with_name("search.json")
 COMMON = {"max_samples": 16_000, "evaluate_every": 1_000_000, "progress": False}
@@ -57,12 +59,10 @@ def try_variant(name: str, changes: dict, seconds: float, folder: str) -> dict:
     a_step = (run(40)[0] - run(10)[0]) / 30
     steps = max(50, round(seconds / a_step))
     spent, model, tokenizer = run(steps)
-    tales = load_corpus(recipe.data, "validation", max_samples=500, seed=3_000_000)
-    batches = Batches(tokenize_once(tales, tokenizer, folder, progress=False), tokenizer, batch_size=16,
-                      sequence_length=model.config.context_length, kind="documents")
-    result = evaluate(model, batches)
+    world = TaleWorld(TALE_CORPORA[recipe.data], seed=3_000_000)
+    excess = score_tales(model, tokenizer, world, (tale.text for tale in world.tales(500))).excess
     return {"parameters": model.num_parameters(), "steps": steps, "seconds": round(spent),
-            "excess_nats_per_tale": round(result.excess, 2)}
+            "excess_nats_per_tale": round(excess.value, 2), "interval": [round(excess.low, 2), round(excess.high, 2)]}
 
 
 def table(results: dict) -> str:
