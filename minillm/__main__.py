@@ -199,7 +199,7 @@ def evaluate(model: ModelName, *, data: str | None = None, field: str | None = N
         max_samples: documents to read; None: 1,000 of tales, as in training of others
         samples: texts that the model tells, to check, or to seek in its training text; None: 200 tales, 20 others
         json: a file for all figures; a picture of the same name is drawn beside it
-        sequence_length: tokens that the model sees at a time in text that is no tale; None: its context length
+        sequence_length: tokens that the model sees at a time in text that is no tale; None: its context, 2,048 at most
         stride: tokens from one such window to the next; None: half a window
         choices: multiple-choice questions, a .jsonl file of {"context", "choices", "answer"}, asked as well
         shots: questions at the file's beginning that are shown answered before each of the others
@@ -221,8 +221,10 @@ def evaluate(model: ModelName, *, data: str | None = None, field: str | None = N
     else:
         files = token_files(recipe, tokenizer)
         training, unseen = (decoded(part, tokenizer) for part in files)
+        if (found.config.max_length or 0) > 2048: sequence_length = sequence_length or 2048     # else memory runs out
         report, texts = text_report(generator, unseen, window=sequence_length, stride=stride,
-                                    samples=20 if samples is None else samples, seed=seed, training=training)
+                                    samples=20 if samples is None else samples, seed=seed,
+                                    training=training if recipe.data == known else None)
         report_text(report)
     if choices: report["choices"] = ask_choices(generator, choices, shots)
     if json: write_report(json, {"model": model, "data": recipe.data, "parameters": found.num_parameters(), **report})
@@ -311,7 +313,7 @@ def scaling(*, out_dir: Path = Path("runs/scaling"), results: Path | None = None
 
 
 def export(model: ModelName, *, to: Literal["hf", "gguf"], out: Path | None = None, dtype: str = "auto",
-           tokenizer: bool = True, license: str = "mit") -> None:
+           tokenizer: bool = True, license: str | None = None) -> None:
     """Write a model for other programs: a folder that transformers loads and the hub takes, or a file for llama.cpp.
 
     Args:
@@ -320,7 +322,7 @@ def export(model: ModelName, *, to: Literal["hf", "gguf"], out: Path | None = No
         out: the folder or file to write; None: exports/NAME or exports/NAME.gguf
         dtype: of the weights; hf: float32, bfloat16, float16; gguf: f32, f16, q8_0; auto: float32, f32
         tokenizer: write it too; without, the other program takes and gives ids
-        license: the licence that the model card names
+        license: the licence that the model card names; None: mit, but unknown for weights that came from elsewhere
     """
     check_choice("dtype of this export", dtype, ["auto", *(["float32", "bfloat16", "float16"] if to == "hf" else
                                                            ["f32", "f16", "q8_0"])])
@@ -500,8 +502,10 @@ def run_settings(folder: str | Path) -> dict:
 
 def known_of(model: str, about: Mapping) -> dict:
     "What is recorded of a model, for its card: the settings of its run, and the evaluation of the step that it is."
-    recorded = {name: value for name, value in run_settings(model).items()
-                if name in ("data", "tokenizer", "preset", "steps", "batch_size", "optimizer", "learning_rate", "seed")}
+    settings = run_settings(model)
+    shape = ["init_from"] if settings.get("init_from") else ["tokenizer", "preset"]     # it brings its own of both
+    wanted = ("data", *shape, "steps", "batch_size", "optimizer", "learning_rate", "seed")
+    recorded = {name: settings[name] for name in wanted if name in settings}
     found = next((record for record in RunFolder(model).metrics()
                   if "validation_loss" in record and record["step"] == about.get("step")), {})
     figures = {"validation_loss_nats_a_token": found.get("validation_loss"), "excess_nats_a_tale": found.get("excess")}
@@ -520,7 +524,8 @@ def find_config(name: str) -> ModelConfig:
     if is_hub_folder(name) or is_hub_id(name): return hub_model_config(name)
     try: return ModelConfig.from_dict(read_json(find_model(name)[1])["model"])
     except FileNotFoundError:
-        if not Path(name).exists(): check_choice("preset, run or model", name, [*PRESETS, *packaged_models()])
+        known = [*PRESETS, *packaged_models()]
+        if not Path(name).exists(): check_choice("preset, run, model or hub id (OWNER/NAME)", name, known)
         raise
 
 

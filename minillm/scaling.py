@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'WIDTHS', 'CHECK_WIDTH', 'STEPS', 'COOLDOWN', 'BATCH_SIZE', 'VOCABULARY', 'CONTEXT', 'Law', 'log_residuals',
-           'huber', 'descend', 'fit_law', 'starts', 'from_law', 'profile', 'bootstrap', 'interval', 'family_config',
-           'learning_rate', 'family_sizes', 'SweepData', 'sweep_data', 'advance', 'measure', 'add_points', 'write_text',
-           'make_point', 'save_results', 'load_results', 'continue_from', 'jobs', 'missing_jobs', 'Points', 'as_points',
-           'forecast', 'run_sweep', 'along_budget', 'measured_along', 'valley', 'compute_optimal']
+           'huber', 'descend', 'centred_logs', 'to_law', 'from_law', 'starts', 'fit_law', 'profile', 'bootstrap',
+           'interval', 'family_config', 'learning_rate', 'family_sizes', 'SweepData', 'sweep_data', 'advance',
+           'measure', 'add_points', 'write_text', 'make_point', 'save_results', 'load_results', 'continue_from', 'jobs',
+           'missing_jobs', 'Points', 'as_points', 'forecast', 'run_sweep', 'along_budget', 'measured_along', 'valley',
+           'compute_optimal']
 
 # %% ../notebooks/15_scaling.ipynb #imports
 import json
@@ -103,34 +104,32 @@ def descend(theta: np.ndarray, x: np.ndarray, y: np.ndarray, counts: np.ndarray,
         if stalled.min() > 15: break
     return theta, lowest
 
-# %% ../notebooks/15_scaling.ipynb #fit-law
-def fit_law(sizes, losses, floor: float | None = None, *, counts=None, delta: float = 0.03,
-            start: "Law | None" = None) -> Law:
-    """The law through `losses` (P) at `sizes` (P, J) or (P,): above a known `floor`, or with the floor fitted if None.
+# %% ../notebooks/15_scaling.ipynb #to-law
+def centred_logs(sizes, losses, floor: float | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logs of `sizes` (P, J) or (P,) around their mean, of what `losses` (P) have above `floor`, and that mean (J).
 
-    Hoffmann et al. 2022 (arXiv 2203.15556, section 3.3): Huber's loss on logs, from many starts. With `counts` (R, P),
-    R laws at once, where point p counts counts[r, p] times. ValueError for losses that are not above the floor, and for
-    fewer points than numbers to fit.
+    ValueError for losses that are not above the floor, and for fewer points than numbers to fit.
     """
     sizes, losses = np.asarray(sizes, float), np.asarray(losses, float)
-    sizes = sizes[:, None] if sizes.ndim == 1 else sizes
-    P, J = sizes.shape
-    K = 2 * J + (floor is None)
-    if P < K: raise ValueError(f"{P} points cannot fix {K} numbers: measure more, or give the floor")
+    x = np.log(sizes.reshape(len(sizes), -1))
+    if len(x) < (needed := 2 * x.shape[1] + (floor is None)):
+        raise ValueError(f"{len(x)} points cannot fix {needed} numbers: measure more, or give the floor")
     if (excess := losses - (floor or 0)).min() <= 0:
         raise ValueError(f"the loss {losses.min():.4g} is not above the floor {floor or 0:.4g}: nothing is left to fit")
-    x, y = np.log(sizes), np.log(excess)
-    middle = x.mean(0)          # sizes around 1: scales and exponents hardly disturb each other
-    theta = starts(x - middle, y, floor is None) if start is None else from_law(start, middle, floor is None)
-    many = np.ones((1, P)) if counts is None else np.asarray(counts, float)
-    if len(many) > 1 or start is not None: theta = np.repeat(theta[:1], len(many), 0)
-    else: many = np.repeat(many, len(theta), 0)
-    theta, lowest = descend(theta, x - middle, y, many, delta)
-    law = Law(theta[:, :J] + theta[:, J:2 * J] * middle, theta[:, J:2 * J],
-              np.exp(theta[:, 2 * J]) if floor is None else np.full(len(theta), float(floor)))
-    return law if counts is not None else law[int(np.argmin(lowest))]
+    return x - x.mean(0), np.log(excess), x.mean(0)
 
-# %% ../notebooks/15_scaling.ipynb #starts
+def to_law(theta: np.ndarray, middle: np.ndarray, floor: float | None) -> Law:
+    "Candidates (R, K) of `descend`, for logs around `middle` (J), as R laws; with their own floors where `floor` is None."
+    scale, exponent, own_floor = np.split(theta, [len(middle), 2 * len(middle)], axis=1)
+    floors = np.exp(own_floor[:, 0]) if floor is None else np.full(len(theta), float(floor))
+    return Law(scale + exponent * middle, exponent, floors)
+
+def from_law(law: Law, middle: np.ndarray, blind: bool) -> np.ndarray:
+    "The way back: one law as a candidate (1, K)."
+    floor = [np.log(np.maximum(np.atleast_1d(law.floor), 1e-300))] if blind else []
+    return np.concatenate([law.log_scale - law.exponent * middle, law.exponent, *floor])[None]
+
+# %% ../notebooks/15_scaling.ipynb #fit-law
 def starts(x: np.ndarray, y: np.ndarray, blind: bool) -> np.ndarray:
     "Candidates (R, K) to begin from: exponents from flat to steep, floors from low to just under the lowest loss."
     J = x.shape[1]
@@ -138,22 +137,26 @@ def starts(x: np.ndarray, y: np.ndarray, blind: bool) -> np.ndarray:
     grid = np.stack([g.ravel() for g in np.meshgrid(*grids, indexing="ij")], 1)
     return np.concatenate([np.full((len(grid), J), y.mean() - math.log(J)), grid], 1)
 
-def from_law(law: Law, middle: np.ndarray, blind: bool) -> np.ndarray:
-    "A law as the candidate (1, K) that `descend` knows."
-    floor = [np.log(np.maximum(np.atleast_1d(law.floor), 1e-300))] if blind else []
-    return np.concatenate([law.log_scale - law.exponent * middle, law.exponent, *floor])[None]
+def fit_law(sizes, losses, floor: float | None = None, *, delta: float = 0.03) -> Law:
+    """The law through `losses` (P) at `sizes` (P, J) or (P,): above a known `floor`, or with the floor fitted if None.
+
+    Hoffmann et al. 2022 (arXiv 2203.15556, section 3.3): Huber's loss on logs, from many starts. ValueError: see
+    `centred_logs`.
+    """
+    x, y, middle = centred_logs(sizes, losses, floor)
+    theta = starts(x, y, floor is None)
+    theta, lowest = descend(theta, x, y, np.ones((len(theta), len(y))), delta)
+    return to_law(theta, middle, floor)[int(np.argmin(lowest))]
 
 # %% ../notebooks/15_scaling.ipynb #profile
 def profile(sizes, losses, floors: Sequence[float], delta: float = 0.03) -> tuple[Law, np.ndarray]:
     """For each of R assumed `floors` the best law that has it (a `Law` of R), and its misfit (R): the summed Huber loss
     of logs of the loss, which a blind fit minimises over the floor as well."""
-    sizes = np.asarray(sizes, float)
-    x, y = np.log(sizes.reshape(len(sizes), -1)), np.log(np.asarray(losses, float))
-    middle, J = x.mean(0), x.shape[1]
-    begin = [from_law(fit_law(sizes, losses, f, delta=delta), middle, False)[0] for f in floors]
-    theta = np.concatenate([begin, np.log(np.maximum(floors, 1e-300))[:, None]], 1)
-    theta, misfit = descend(theta, x - middle, y, np.ones((len(theta), len(y))), delta, free=[True] * 2 * J + [False])
-    return Law(theta[:, :J] + theta[:, J:2 * J] * middle, theta[:, J:2 * J], np.asarray(floors, float)), misfit
+    x, y, middle = centred_logs(sizes, losses, None)
+    begin = [from_law(fit_law(sizes, losses, floor, delta=delta), middle, True)[0] for floor in floors]
+    free = [True] * 2 * len(middle) + [False]                                           # all but the floor may move
+    theta, misfit = descend(np.array(begin), x, y, np.ones((len(begin), len(y))), delta, free=free)
+    return to_law(theta, middle, None), misfit
 
 # %% ../notebooks/15_scaling.ipynb #bootstrap
 def bootstrap(sizes, losses, floor: float | None = None, *, samples: int = 500, seed: int = 0,
@@ -162,12 +165,13 @@ def bootstrap(sizes, losses, floor: float | None = None, *, samples: int = 500, 
 
     `groups` (P): points that share a label are drawn together, as those of one trunk should be (Efron 1979).
     """
-    sizes, P = np.asarray(sizes, float), len(losses)
-    labels = np.arange(P) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    labels = np.arange(len(losses)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     n = labels.max() + 1
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), samples)        # (samples, n)
-    best = fit_law(sizes, losses, floor, delta=delta)
-    return fit_law(sizes, losses, floor, counts=drawn[:, labels], delta=delta, start=best)
+    x, y, middle = centred_logs(sizes, losses, floor)
+    begin = from_law(fit_law(sizes, losses, floor, delta=delta), middle, floor is None)
+    theta, _ = descend(np.repeat(begin, samples, 0), x, y, drawn[:, labels], delta)
+    return to_law(theta, middle, floor)
 
 def interval(values, share: float = 0.8) -> tuple[float, float]:
     "The middle `share` of many values."
