@@ -43,8 +43,8 @@ class Law:
 
     def terms(self, sizes) -> np.ndarray:
         "What each size still costs, (..., P, J), at `sizes` (P, J)."
-        x = np.log(np.asarray(sizes, float))
-        return np.exp(self.log_scale[..., None, :] - self.exponent[..., None, :] * x)
+        logs = self.log_scale[..., None, :] - self.exponent[..., None, :] * np.log(np.asarray(sizes, float))
+        return np.exp(np.minimum(logs, 700))         # some laws promise, far beyond their points, what no float holds
 
     def loss(self, sizes) -> np.ndarray:
         "The loss (..., P) at `sizes` (P, J)."
@@ -119,7 +119,7 @@ def centred_logs(sizes, losses, floor: float | None) -> tuple[np.ndarray, np.nda
     return x - x.mean(0), np.log(excess), x.mean(0)
 
 def to_law(theta: np.ndarray, middle: np.ndarray, floor: float | None) -> Law:
-    "Candidates (R, K) of `descend`, for logs around `middle` (J), as R laws; with their own floors where `floor` is None."
+    "Candidates (R, K) for logs around `middle` (J) as R laws, with their own floors where `floor` is None."
     scale, exponent, own_floor = np.split(theta, [len(middle), 2 * len(middle)], axis=1)
     floors = np.exp(own_floor[:, 0]) if floor is None else np.full(len(theta), float(floor))
     return Law(scale + exponent * middle, exponent, floors)
