@@ -558,8 +558,8 @@ A language model of {parameters:,} parameters ({architecture}: {n_layers} layers
 The weights: {license}. The text they were trained on may have its own.
 """
 COURSE = "[minillm](https://github.com/minillm-course/minillm), a course in which a language model is built from scratch"
-LIMITS = """It continues text of the kind it was trained on, and nothing else: it was not trained to answer, to follow instructions
-or to know facts, and nobody checked what it may write."""
+LIMITS = """It continues text of the kind it was trained on, and nothing else: it was not trained to answer, to follow
+instructions or to know facts, and nobody checked what it may write."""
 DATA_SAID = {"tales": "`tales`: longer tales that a program tells, with known odds; no text of other people's.",
              "tales-short": "`tales-short`: tales that a program tells, with known odds; no text of other people's.",
              "pydocs": "`pydocs`: help topics and docstrings of Python's standard library."}
@@ -583,7 +583,9 @@ def model_card(model: MiniLLM, tokenizer: Tokenizer | None, name: str, info: Map
     said = DATA_SAID.get(data, f"`{data}`." if data else "Not recorded.")
     if start: said += f" It did not start from nothing, but from `{start if is_hub_id(start) else Path(start).name}`."
     begin = tokenizer.eos_token if tokenizer is not None and not tokenizer.begin else ""
-    use = WITH_IDS if tokenizer is None else WITH_TEXT
+    hint = f"Each text it was trained on begins with `{begin}`, so a prompt that begins a text should too."
+    use = (WITH_IDS if tokenizer is None else WITH_TEXT).format(
+        name=name, begin=begin, prompt="Once upon a time" if data in ("tales", "tales-short") else "The")
     return CARD.format(
         **c.to_dict(), name=name, parameters=model.num_parameters(),
         license=license or ("unknown" if source or is_hub_id(start) else "mit"),
@@ -592,9 +594,7 @@ def model_card(model: MiniLLM, tokenizer: Tokenizer | None, name: str, info: Map
         f"It was trained with {COURSE}.",
         data=f"What `{source}` was trained on; see there." if source else said,
         figures="\n".join(["| | |", "|---|---|", *figures]) if figures else "None recorded.",
-        use=use.format(name=name, begin=begin, prompt="Once upon a time" if data in ("tales", "tales-short") else "The"),
-        hint=f"Each text it was trained on begins with `{begin}`, so a prompt that begins a text should too." if begin else
-        "", limits=f"Those of `{source}`." if source else LIMITS)
+        use=use, hint=hint if begin else "", limits=f"Those of `{source}`." if source else LIMITS)
 
 # %% ../notebooks/16_interop.ipynb #save-pretrained
 EXPORTED = {"config.json", WEIGHTS, "generation_config.json", "README.md", "tokenizer.json", "tokenizer_config.json",
@@ -615,7 +615,8 @@ def save_pretrained(model: MiniLLM, tokenizer: Tokenizer | None, path: str | Pat
     weights = {name: torch.cat(parts, dim=-1).to("cpu", dtype).contiguous()
                for name, parts in stored_views(model, FAMILIES[theirs["model_type"]]).items()}
     eos = None if tokenizer is None else tokenizer.eos_id
-    special = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
+    begin = getattr(tokenizer, "begin", None) or [eos]
+    special = {"bos_token_id": begin[0], "eos_token_id": eos, "pad_token_id": eos}
     stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(path) as folder:
@@ -1090,7 +1091,8 @@ def gguf_tensors(model: MiniLLM, kind: str) -> Iterator[tuple[str, Tensor]]:
     c, ours = model.config, named_tensors(model)
     for name, tensor in ours.items():
         tensor, part = tensor.detach().float().cpu(), name.rsplit(".", 1)[0].split(".", 2)[-1]
-        if kind == "llama" and part in ("attention.query", "attention.key"): tensor = halves_to_neighbours(tensor, c.head_dim)
+        if kind == "llama" and part in ("attention.query", "attention.key"):
+            tensor = halves_to_neighbours(tensor, c.head_dim)
         if kind == "gpt2" and part in ("attention.key", "attention.value"): continue
         if kind == "gpt2" and part == "attention.query":
             three = [ours[name.replace("query", other)].detach().float().cpu() for other in ("query", "key", "value")]
@@ -1204,7 +1206,8 @@ def continuation_log_probs(model: MiniLLM, pairs: Sequence[tuple[list[int], list
 
     What is too long for the model loses its beginning.
     """
-    longest, found = model.config.max_length or 0, [(0.0, True)] * len(pairs)
+    longest = model.config.max_length or 0              # 0, no limit: [-0:] is all of a row
+    found = [(0.0, True)] * len(pairs)
     rows = [[*context, *said][:-1][-longest:] for context, said in pairs]         # the last token is asked, not read
     for i, table in log_probs(model, rows):
         said = torch.tensor(pairs[i][1], dtype=torch.long)
@@ -1220,9 +1223,9 @@ def generate_text(model: MiniLLM, tokenizer: Tokenizer, context: str, settings: 
     settings = dict(settings)
     until = settings.get("until") or []
     temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
-    generator = Generator(model, tokenizer, begin=tokenizer.begin)
-    return generator.generate(context, max_new_tokens=settings.get("max_gen_toks", 128), temperature=temperature,
-                              top_k=None, top_p=1.0, stop=[until] if isinstance(until, str) else until)
+    return Generator(model, tokenizer).generate(
+        context, max_new_tokens=settings.get("max_gen_toks", 128), temperature=temperature, top_k=None, top_p=1.0,
+        stop=[until] if isinstance(until, str) else until)
 
 def harness_model(model: MiniLLM, tokenizer: Tokenizer):
     """A model of ours for lm-evaluation-harness: `lm_eval.simple_evaluate(model=harness_model(model, tokenizer), ...)`.

@@ -86,6 +86,7 @@ def test_a_text_is_generated_as_a_generator_does(packaged):
 
 
 def test_without_the_library_the_error_says_what_to_install(packaged, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match="pip install lm-eval"): harness_model(*packaged)
 

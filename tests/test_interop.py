@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ from minillm.interop import (
     config_from_hub,
     config_to_hub,
     from_pretrained,
+    model_card,
     open_model,
     save_pretrained,
     stored_views,
@@ -114,6 +116,17 @@ def test_greedy_text_with_a_cache_is_theirs_with_theirs(pair, kind, number):
             if end < 97: logits[:, end] = -torch.inf
         return logits.argmax(-1, keepdim=True)
     assert torch.equal(continue_ids(ours, ids, 64, choose), wanted)
+
+
+def test_a_window_of_one_token_is_as_theirs_without_a_cache(transformers, tmp_path):
+    "With one, transformers 5 keeps [-window + 1:], which for a window of 1 is everything."
+    torch.manual_seed(0)
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA, sliding_window=1)).eval()
+    enlarge(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours, ids = load(tmp_path), torch.randint(0, 97, (2, 9))
+    wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30, use_cache=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(continue_ids(ours, ids, 30, lambda logits: logits.argmax(-1, keepdim=True)), wanted)
 
 
 @pytest.mark.parametrize("kind, number", ALL)
@@ -462,6 +475,29 @@ def test_dtype_card_and_generation_settings(tmp_path):
     assert all(f"## {part}" in card for part in ("Trained on", "Figures", "Use", "Limits", "Licence"))
 
 
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_the_program_on_the_card_runs_as_it_stands(transformers, tmp_path, monkeypatch, capsys, with_tokenizer):
+    model, tokenizer, info = open_model("tales-short", "cpu")
+    save_pretrained(model, tokenizer if with_tokenizer else None, tmp_path / "my-tales", info=info)
+    [program] = re.findall("```python\n(.*?)```", (tmp_path / "my-tales/README.md").read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "card", "exec"), {})
+    if with_tokenizer: assert "Once upon a time" in capsys.readouterr().out
+
+
+def test_the_card_of_others_weights_says_whose_they_are_and_no_more(tmp_path, stranger):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _, info = open_model(stranger, "cpu")
+    card = model_card(model, None, "again", info)
+    assert "license: unknown" in card and "The weights are those of `stranger`" in card and "Those of `stranger`." in card
+    assert str(tmp_path) not in card and "It was trained with" not in card
+    assert "license: apache-2.0" in model_card(model, None, "again", info, "apache-2.0")
+    further = model_card(model, None, "mine", {"data": "pydocs", "init_from": "HuggingFaceTB/SmolLM2-135M"})
+    assert "license: unknown" in further and "It did not start from nothing, but from `HuggingFaceTB/SmolLM2-135M`." in further
+    assert "from `tales-2`" in model_card(model, None, "mine", {"init_from": str(tmp_path / "tales-2")})
+
+
 def test_only_an_earlier_export_is_replaced(tmp_path, stranger):
     model = load(stranger)
     save_pretrained(model, None, stranger)
@@ -484,7 +520,9 @@ def test_open_model_takes_whatever_is_given(tmp_path, stranger):
         same_weights(model, ours)
         assert info["weights"]
     assert open_model("tales-short", "cpu")[2]["data"] == "tales-short"
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a packaged model"): open_model("nowhere")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a packaged model.*on the Hugging Face hub a model is called OWNER/NAME"): open_model("nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="a folder without a finished checkpoint; packaged are: [^/]*$"): open_model(tmp_path / "empty")
 
 
 def test_a_hub_id_is_no_path():
