@@ -122,11 +122,7 @@ def tokenize(*, data: str, out_dir: Path, tokenizer: str = "auto", field: str = 
 def train(recipe: Recipe) -> None:
     "Train a model; a recipe, a preset and single flags say how. Ctrl-C leaves a checkpoint that --resume goes on from."
     out_dir = recipe.train.out_dir
-    resume = f"{PROGRAM} train --out-dir {out_dir} --resume"
-    try: _, history = run_recipe(recipe)
-    except KeyboardInterrupt:
-        if out_dir and RunFolder(out_dir).latest(): print(f"To go on from {RunFolder(out_dir).latest()}: {resume}")
-        raise
+    _, history = run_recipe(recipe)
     if history.evaluations: report_evaluation(history.evaluations[max(history.evaluations)])
     if out_dir: print(f"The run is in {out_dir}. Now try:\n  {PROGRAM} generate {out_dir} --num-samples 3")
 
@@ -269,6 +265,7 @@ def info(name: Annotated[str, Positional, arg(metavar="PRESET|MODEL")] = "", *, 
                   f"of {config.d_model:>5}  context {config.context_length:>7,}")
         return
     config, length = find_config(name), sequence_length
+    if name in PRESETS and name in packaged_models(): print(f"{name} is a preset and a packaged model, which is shown")
     length = length or config.context_length
     parts = {part: number for part, number in count_parameters(config).items() if number}
     print(f"parameters     {sum(parts.values()):,} ({', '.join(f'{part} {n:,}' for part, n in parts.items())})")
@@ -385,6 +382,7 @@ def run_recipe(recipe: Recipe) -> tuple[Generator, History]:
     choose_device(config.device)            # what cannot work is said before the long work
     check_folder(config)
     model, tokenizer = start_model(recipe)
+    print(f"Training on {recipe.data}" + (f"; the run is in {config.out_dir}" if config.out_dir else ""), flush=True)
     if model.num_parameters() < 5e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)            # a second one gains little here, and loses much on a busy machine
     files = token_files(recipe, tokenizer)
@@ -396,7 +394,11 @@ def run_recipe(recipe: Recipe) -> tuple[Generator, History]:
         if config.out_dir: write_recipe(recipe)
         report_plan(plan, model.config, config)
 
-    history = train_model(model, files, config, tokenizer=tokenizer, sample=continue_prompts, describe=describe)
+    try: history = train_model(model, files, config, tokenizer=tokenizer, sample=continue_prompts, describe=describe)
+    except KeyboardInterrupt:
+        if config.out_dir and (latest := RunFolder(config.out_dir).latest()):
+            print(f"To go on from {latest}: {PROGRAM} train --out-dir {config.out_dir} --resume")
+        raise
     return Generator(model, tokenizer), history
 
 
@@ -405,6 +407,8 @@ def start_model(recipe: Recipe) -> tuple[MiniLLM, Tokenizer]:
     config = recipe.train
     torch.manual_seed(config.seed)
     started = RunFolder(config.out_dir).latest() if config.resume and config.out_dir else None
+    check_choice("preset", recipe.preset, PRESETS)
+    shape = PRESETS[recipe.preset].replace(**recipe.model)      # a shape that cannot be is an error before the data
     if recipe.init_from:
         if recipe.model: raise ValueError(f"init_from brings its own shape: leave out {', '.join(recipe.model)}")
         model, tokenizer, _ = open_model(started or recipe.init_from, "cpu", "float32")
@@ -412,13 +416,15 @@ def start_model(recipe: Recipe) -> tuple[MiniLLM, Tokenizer]:
         return model, tokenizer
     spec = str(started.parent / "tokenizer.json") if started else recipe.tokenizer
     tokenizer = make_tokenizer(spec, recipe.data, recipe.field, recipe.max_samples, config.seed)
-    check_choice("preset", recipe.preset, PRESETS)
-    return MiniLLM(PRESETS[recipe.preset].replace(**{"vocab_size": tokenizer.vocab_size, **recipe.model})), tokenizer
+    return MiniLLM(shape.replace(**{"vocab_size": tokenizer.vocab_size, **recipe.model})), tokenizer
 
 
 def check_folder(config: TrainConfig) -> None:
-    "ValueError where a new run would stand in the folder of an old one."
-    if config.resume or not config.out_dir: return
+    "ValueError where a new run would stand in the folder of an old one, or where there is none to go on with."
+    if not config.out_dir: return
+    if config.resume:
+        if not run_settings(config.out_dir): raise ValueError(f"{config.out_dir} holds no run to go on with")
+        return
     if RunFolder(config.out_dir).latest() or RunFolder(config.out_dir).metrics():
         raise ValueError(f"{config.out_dir} holds a run already: go on with it by --resume, or choose another "
                          "--out-dir")
@@ -520,7 +526,7 @@ def free_folder(wanted: str) -> str:
 
 def find_config(name: str) -> ModelConfig:
     "The configuration of a preset, or of anything that `open_model` opens, without its weights."
-    if name in PRESETS: return PRESETS[name]
+    if name in PRESETS and name not in packaged_models(): return PRESETS[name]
     if is_hub_folder(name) or is_hub_id(name): return hub_model_config(name)
     try: return ModelConfig.from_dict(read_json(find_model(name)[1])["model"])
     except FileNotFoundError:

@@ -11,6 +11,7 @@ __all__ = ['FORMAT', 'flush_to_disk', 'atomic_write', 'write_json', 'read_json',
            'choose_dtype', 'load_model']
 
 # %% ../notebooks/10_checkpoints.ipynb #imports
+import difflib
 import json
 import os
 import random
@@ -398,7 +399,9 @@ def find_model(name_or_path: str | Path) -> tuple[Path, Path]:
     for place in (stem, str(resources.files("minillm") / stem)):
         if (weights := Path(f"{place}.safetensors")).is_file(): return weights, Path(f"{place}.json")
     what = "a folder without a finished checkpoint" if path.is_dir() else "neither a folder nor a packaged model"
-    raise FileNotFoundError(f"{str(name_or_path)!r} is {what}; packaged are: {', '.join(packaged_models()) or 'none'}")
+    near = difflib.get_close_matches(str(name_or_path), packaged_models(), n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else f"; packaged are: {', '.join(packaged_models())}"
+    raise FileNotFoundError(f"{str(name_or_path)!r} is {what}{meant}")
 
 # %% ../notebooks/10_checkpoints.ipynb #device
 def choose_device(device: str = "auto") -> torch.device:

@@ -216,7 +216,8 @@ def read_text(path: Path) -> Iterator[str]:
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} is no whole gzip file: {error}") from None
             if (zero := chunk.find(b"\0")) >= 0:
-                raise ValueError(f"{path} is a binary file (zero byte at {position + zero}); expected text in UTF-8")
+                raise ValueError(f"{path} is a binary file (zero byte at {position + zero}), or text in UTF-16; expected "
+                                 "text in UTF-8")
             try: text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:     # error.object begins with what the chunk before left over
                 at, byte = position - (len(error.object) - len(chunk)) + error.start, error.object[error.start]
@@ -593,7 +594,8 @@ def prepare(source, tokenizer, folder, *, max_samples: int | None = None, valida
         parts = [load_corpus(source, split, **s) for split, s in wanted]
         if all(next(iter(part), None) is not None for part in parts):
             return tuple(tokenize(part, tokenizer, path, progress=progress) for part, path in zip(parts, paths))
-    raise ValueError(f"{source} has too few different documents to keep some for validation; give more text")
+    raise ValueError(f"{source} has too few different documents to keep some for validation: give more text, some "
+                     "thousand characters at least")
 
 def tokenize_once(corpus: Iterable[str], tokenizer, folder, progress: bool = True) -> TokenFile:
     "The token file of `corpus` in `folder`, made if it is not there. Texts that are no Corpus are known by their hash."
