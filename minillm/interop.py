@@ -586,9 +586,10 @@ def model_card(model: MiniLLM, tokenizer: Tokenizer | None, name: str, info: Map
     hint = f"Each text it was trained on begins with `{begin}`, so a prompt that begins a text should too."
     use = (WITH_IDS if tokenizer is None else WITH_TEXT).format(
         name=name, begin=begin, prompt="Once upon a time" if data in ("tales", "tales-short") else "The")
+    others = source or is_hub_id(start) or is_hub_folder(start)
     return CARD.format(
         **c.to_dict(), name=name, parameters=model.num_parameters(),
-        license=license or ("unknown" if source or is_hub_id(start) else "mit"),
+        license=license or ("unknown" if others else "mit"),
         architecture=FAMILIES[find_model_type(c)].architecture,
         origin=f"The weights are those of `{source}`, written anew by {COURSE}." if source else
         f"It was trained with {COURSE}.",

@@ -14,10 +14,13 @@ import pytest
 from conftest import SHARED
 
 import minillm
+import minillm.__main__ as commands
 from minillm.__main__ import COMMANDS, main, parse_train
 from minillm.checkpoints import RunFolder, save_model
-from minillm.model import PRESETS
+from minillm.interop import save_pretrained
+from minillm.model import PRESETS, MiniLLM, ModelConfig
 from minillm.tales import TaleWorld, words
+from minillm.tokenizer import BPETokenizer
 from minillm.training import History, load_recipe
 
 SMALL = ["--n-layers", "1", "--d-model", "32", "--n-heads", "2", "--n-kv-heads", "2", "--d-ff", "32", "--batch-size", "4",
@@ -137,6 +140,8 @@ def test_a_text_shorter_than_the_context_is_one_clear_line(say):
     ("train --steps 0", "steps must be at least 1"),
     ("train --optimizer adam", "adamw"),
     ("train --resume", "resume needs the out_dir"),
+    ("train --resume --out-dir nowhere", "nowhere holds no run to go on with"),
+    ("generate tales-shrt", "did you mean 'tales-short'"),
     ("train --preset tinny", "no preset; the nearest is 'tiny'"),
     ("train --recipe mini-50", "no recipe; the nearest is 'mini-50m'"),
     ("train --recipe gone.yaml", "no recipe file gone.yaml"),
@@ -264,6 +269,18 @@ def test_evaluate_takes_other_data_and_the_runs_own_where_it_now_stands(run, say
     finally: Path("moved").rename(run)
 
 
+@pytest.mark.parametrize("flags, window", [([], 2048), (["--sequence-length", "64"], 64)])
+def test_a_model_of_the_hub_with_a_long_context_reads_in_windows(say, monkeypatch, flags, window):
+    tokenizer = BPETokenizer.train([Path("mine.txt").read_text(encoding="utf-8")], 300, pattern="gpt2")
+    model = MiniLLM(ModelConfig(vocab_size=300, context_length=32768, d_model=16, n_layers=1, n_heads=2))
+    if not Path("long").exists(): save_pretrained(model, tokenizer, "long")
+    seen, report = [], commands.text_report
+    monkeypatch.setattr(commands, "text_report", lambda *given, **settings: (seen.append(settings), report(*given, **settings))[1])
+    status, printed, _ = say("evaluate", "long", "--data", "mine.txt", "--samples", "0", *flags)
+    assert status == 0 and "bits a byte" in printed and seen[0]["window"] == window
+    assert seen[0]["training"] is None, "nobody knows what it was trained on"
+
+
 def test_evaluate_writes_a_report_and_its_picture(run, say):
     Path("questions.jsonl").write_text("".join(json.dumps({"context": "Once", "choices": choices, "answer": 0}) + "\n"
                                                for choices in (["upon", "there was"], ["there", "a"], ["upon a time", "x"])), encoding="utf-8")
@@ -367,6 +384,9 @@ def test_an_exported_folder_opens_wherever_a_run_does(run, say, monkeypatch):
     again = minillm.load("from-export", "cpu")
     assert again.tokenizer.encode("Once upon a time") == minillm.load(run, "cpu").tokenizer.encode("Once upon a time")
     assert say("export", "exports/mine", "--to", "hf", "--dtype", "bfloat16", "--out", "exports/half")[0] == 0
+    assert "license: unknown" in (card := Path("exports/half/README.md").read_text(encoding="utf-8")) and "The weights are those of `mine`" in card
+    assert say("export", "from-export", "--to", "hf", "--out", "exports/further")[0] == 0
+    assert "It did not start from nothing, but from `mine`." in Path("exports/further/README.md").read_text(encoding="utf-8")
     assert Path("exports/half/model.safetensors").stat().st_size < 0.6 * Path("exports/mine/model.safetensors").stat().st_size
 
 
