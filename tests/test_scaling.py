@@ -18,8 +18,10 @@ from minillm import scaling
 from minillm.__main__ import main
 from minillm.budget import count_parameters, flops_per_token
 from minillm.checkpoints import RunFolder, load_model
+from minillm.data import Corpus, tokenize_once
 from minillm.model import MiniLLM
 from minillm.scaling import Law, Points, as_points, bootstrap, compute_optimal, fit_law, forecast, interval, profile
+from minillm.tokenizer import BPETokenizer
 from minillm.training import TrainConfig, train
 
 def grid(widths=scaling.WIDTHS, steps=scaling.STEPS):
@@ -236,6 +238,15 @@ def test_a_branch_is_the_run_that_never_branched(small, tmp_path):
         cooldown_share=scaling.COOLDOWN, warmup_steps=20, dtype="float32", device="cpu", evaluate_every=0, progress=False))
     branched = load_model(run, "cpu", "float32")[0].state_dict()
     assert all(torch.equal(weight, branched[name]) for name, weight in straight.state_dict().items())
+
+
+def test_a_batch_of_other_text_is_of_many_documents(tmp_path):
+    "Laid end to end, one long source file fills many batches, and a short run ends with what it read last."
+    documents = [letter * 6000 for letter in "abcdefgh"]
+    tokenizer = BPETokenizer.train(["abcdefgh"], 258)
+    tokens = tokenize_once(Corpus("letters", "train", lambda: iter(documents), "letters"), tokenizer, tmp_path, progress=False)
+    batches = iter(scaling.SweepData("letters", tokenizer, tokens, tokens).batches(tokens))
+    assert all(len(set(inputs[:, 0].tolist())) > 2 for inputs, _ in (next(batches) for _ in range(5)))
 
 
 def test_a_sweep_goes_on_and_does_nothing_twice(small, tmp_path):
