@@ -37,7 +37,9 @@ def curve(run: Path) -> list[list[float]]:
     tokens = before[-1][0] * 1e6 if before else 0
     for row in read_lines(run / "metrics.jsonl"):
         tokens += row.get("tokens", 0)
-        if "validation_loss" in row: points.append([round(tokens / 1e6, 3), round(row["excess"] if "excess" in row else row["validation_loss"], 3)])
+        if "validation_loss" not in row: continue
+        loss = row["validation_loss"] if row["excess"] is None else row["excess"]
+        points.append([round(tokens / 1e6, 3), round(loss, 3)])
     return before + points
 
 
