@@ -122,6 +122,7 @@ class TextScore:
     @property
     def bits_per_byte(self) -> float: return self.nats / math.log(2) / self.n_bytes     # whatever the tokenizer
 
+# %% ../notebooks/13_evaluation.ipynb #score-text
 def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
     "A document's ids as in training, between two end tokens."
     return [tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id]

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -359,6 +360,18 @@ def test_watching_a_run_does_not_change_it(tmp_path):
     seen = Watch(lambda model: {"training": model.training, "gradients": torch.is_grad_enabled()}, 5)
     run(seen)
     assert seen.records == [{"step": 5, "training": False, "gradients": False}]
+
+
+def test_the_stored_curves_hold_what_they_say():
+    "minillm/evaluation.json, by tools/evaluation_results.py: the parts are the whole, the bound is that of the excess."
+    stored = json.loads((resources.files("minillm") / "evaluation.json").read_text(encoding="utf-8"))["training"]
+    skills, steps = set(TaleWorld("short").skills), [record["step"] for record in stored["records"]]
+    assert steps == sorted(set(steps)) and len(steps) > 10 and set(stored["chance"]) == skills
+    for record in stored["records"]:
+        assert sum(record["by_kind"].values()) == pytest.approx(record["excess"], abs=1e-3)
+        assert record["valid"]["bound"] == pytest.approx(math.exp(-record["excess"]), abs=1e-3)
+        assert set(record["skills"]) == skills and all(0 <= belief <= 1 for _, belief in record["skills"].values())
+    for name in ("held out", "seen"): assert 0 <= stored[name]["valid"] <= stored[name]["tales"]
 
 
 def test_the_report_of_tales_has_its_keys_and_is_json(packaged, tmp_path):
