@@ -216,7 +216,7 @@ def read_text(path: Path) -> Iterator[str]:
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} is no whole gzip file: {error}") from None
             if (zero := chunk.find(b"\0")) >= 0:
-                raise ValueError(f"{path} is a binary file (zero byte at {position + zero}), or text in UTF-16; expected "
+                raise ValueError(f"{path} is a binary file (zero byte at {position + zero}) or UTF-16; expected "
                                  "text in UTF-8")
             try: text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:     # error.object begins with what the chunk before left over
