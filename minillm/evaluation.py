@@ -124,8 +124,8 @@ class TextScore:
 
 # %% ../notebooks/13_evaluation.ipynb #score-text
 def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
-    "A document's ids as in training, between two end tokens."
-    return [tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id]
+    "A document's ids as in training: behind what the tokenizer says that a text begins with, else between end tokens."
+    return [*(tokenizer.begin or [tokenizer.eos_id]), *tokenizer.encode(text), tokenizer.eos_id]
 
 def score_text(model: nn.Module, tokenizer: Tokenizer, documents: Iterable[str], *, window: int | None = None,
                stride: int | None = None) -> TextScore:
@@ -418,9 +418,9 @@ def choice_nats(model: nn.Module, tokenizer: Tokenizer,
     """
     limit, wanted = model.config.max_length or 10**9, {}
     for number, (prefix, endings) in enumerate(questions):
-        start = [tokenizer.eos_id, *tokenizer.encode(prefix)]
+        start = encode_document(tokenizer, prefix)[:-1]
         for place, ending in enumerate(endings):
-            ids = [tokenizer.eos_id, *tokenizer.encode(prefix + ending)]
+            ids = encode_document(tokenizer, prefix + ending)[:-1]
             same = next((i for i, (a, b) in enumerate(zip(start, ids)) if a != b), min(len(start), len(ids)))
             if not 0 < len(ids) - same <= limit: raise ValueError(f"the ending {ending[:40]!r} is empty or too long")
             wanted.setdefault(tuple(ids[:-1][-limit:]), []).append((number, place, torch.tensor(ids[same:])))

@@ -298,6 +298,17 @@ def test_choices_cost_what_the_whole_texts_cost():
     with pytest.raises(ValueError, match="empty or too long"): choice_nats(model, tokenizer, [("Mia", [" ran" * 99])])
 
 
+def test_a_text_begins_as_its_tokenizer_says():
+    bpe = BPETokenizer.train(["the hen then the hen "] * 9, 280)
+    assert encode_document(bpe, "the hen") == [bpe.eos_id, *bpe.encode("the hen"), bpe.eos_id]
+    torch.manual_seed(0)
+    model = MiniLLM(ModelConfig(vocab_size=bpe.vocab_size, context_length=32, d_model=16, n_layers=1, n_heads=2)).eval()
+    before = choice_nats(model, bpe, [("the", [" hen", " the"])])
+    bpe.begin = [3]
+    assert encode_document(bpe, "the hen") == [3, *bpe.encode("the hen"), bpe.eos_id]
+    assert choice_nats(model, bpe, [("the", [" hen", " the"])]) != before
+
+
 def test_a_long_context_loses_its_beginning():
     tokenizer = CharTokenizer.train(TALES)
     model = small(tokenizer.vocab_size, 16).eval()
