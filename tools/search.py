@@ -1,6 +1,6 @@
 """What was tried for the recipes of the packaged tales: each variant gets the same time of one CPU core, and is then measured.
 
-    python tools/search.py tales-short 60      sixty seconds of training a variant, each appended to tools/search.json
+    python tools/search.py tales-short-first 60   sixty seconds of training a variant, each appended to tools/search.json
     python tools/search.py tales 90 "3 layers" "d_model 192"       these variants only
     python tools/search.py                     the table of what was tried, as README.md shows it
 
