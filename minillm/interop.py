@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['LLAMA_FIELDS', 'GPT2_FIELDS', 'LLAMA_NAMES', 'GPT2_NAMES', 'PLAIN', 'LLAMA_HOLDS', 'ROPE_DEFAULTS', 'LLAMA_DEFAULTS',
            'QWEN_DEFAULTS', 'FAMILIES', 'NO_EFFECT', 'NEUTRAL', 'ROPE_KEYS', 'ROPE_KINDS', 'ACTIVATIONS_THERE',
-           'BIASES', 'STORED_DTYPES', 'WEIGHTS', 'INDEX', 'BUFFERS', 'SMALL_FILES', 'CARD', 'COURSE', 'LIMITS',
-           'DATA_SAID', 'WITH_TEXT', 'WITH_IDS', 'EXPORTED', 'LETTERS', 'LETTER_BYTES', 'ENGLISH', 'LLAMA_PATTERN',
-           'HUB_PATTERNS', 'SAFE_REGEX', 'SPELLING', 'ANY_CHARACTER', 'PART_DEFAULTS', 'LISTS', 'GGUF_NAMES',
-           'GGUF_KINDS', 'Family', 'check_fields', 'read_rope', 'layer_kinds', 'read_window', 'read_rest',
-           'find_family', 'config_from_hub', 'read_header', 'Stored', 'file_tensors', 'shard_files', 'folder_tensors',
-           'their_name', 'stored_views', 'match_stored', 'read_pieces', 'fill', 'is_stored', 'empty_model',
-           'read_weights', 'fetch', 'is_hub_id', 'hub_folder', 'hub_model_config', 'from_pretrained', 'is_hub_folder',
-           'open_model', 'obstacles', 'find_model_type', 'config_to_hub', 'model_card', 'save_pretrained',
-           'byte_letters', 'spell', 'unspell', 'check_regex', 'regex_to_hub', 'regex_from_hub', 'all_merges',
-           'cut_bytes', 'write_bpe', 'write_byte_level', 'write_fallback', 'write_special', 'write_unigram',
-           'read_unigram', 'write_characters', 'read_characters', 'check_replaced', 'tokenizer_to_hub',
-           'not_understood', 'read_part', 'read_parts', 'check_merges', 'read_pattern', 'read_vocab', 'read_byte_level',
-           'read_front', 'read_fallback', 'read_special', 'read_begin', 'tokenizer_from_hub', 'read_tokenizer_json',
-           'proto_fields', 'sentencepiece_to_fallback', 'gguf_architecture', 'gguf_fields', 'halves_to_neighbours',
-           'gguf_tensors', 'gguf_tokenizer', 'gguf_byte_level', 'gguf_fallback', 'import_optional', 'to_gguf',
-           'write_field', 'encode_pair', 'continuation_log_probs', 'generate_text', 'harness_model']
+           'BIASES', 'STORED_DTYPES', 'BUFFERS', 'BUFFER_DTYPES', 'WEIGHTS', 'INDEX', 'SMALL_FILES', 'CARD', 'COURSE',
+           'LIMITS', 'DATA_SAID', 'WITH_TEXT', 'WITH_IDS', 'EXPORTED', 'LETTERS', 'LETTER_BYTES', 'ENGLISH',
+           'LLAMA_PATTERN', 'HUB_PATTERNS', 'SAFE_REGEX', 'SPELLING', 'ANY_CHARACTER', 'PART_DEFAULTS', 'LISTS',
+           'GGUF_NAMES', 'GGUF_KINDS', 'IDS_ONLY', 'Family', 'check_fields', 'read_rope', 'layer_kinds', 'read_window',
+           'read_rest', 'find_family', 'config_from_hub', 'read_object', 'read_header', 'Stored', 'file_tensors',
+           'read_index', 'shard_files', 'folder_tensors', 'their_name', 'stored_views', 'match_stored', 'read_pieces',
+           'fill', 'is_stored', 'empty_model', 'read_weights', 'fetch', 'is_hub_id', 'hub_folder', 'hub_model_config',
+           'check_rows', 'from_pretrained', 'is_hub_folder', 'open_model', 'obstacles', 'find_model_type',
+           'config_to_hub', 'model_card', 'save_pretrained', 'byte_letters', 'spell', 'unspell', 'check_regex',
+           'regex_to_hub', 'regex_from_hub', 'all_merges', 'cut_bytes', 'write_bpe', 'write_byte_level',
+           'write_fallback', 'write_special', 'write_unigram', 'read_unigram', 'write_characters', 'read_characters',
+           'check_replaced', 'tokenizer_to_hub', 'not_understood', 'read_part', 'read_parts', 'check_merges',
+           'read_pattern', 'read_vocab', 'read_byte_level', 'read_front', 'read_fallback', 'read_special', 'read_begin',
+           'tokenizer_from_hub', 'read_tokenizer_json', 'proto_fields', 'sentencepiece_to_fallback',
+           'gguf_architecture', 'gguf_fields', 'halves_to_neighbours', 'gguf_tensors', 'gguf_tokenizer',
+           'gguf_byte_level', 'gguf_fallback', 'import_optional', 'to_gguf', 'write_field', 'encode_pair',
+           'continuation_log_probs', 'generate_text', 'harness_model']
 
 # %% ../notebooks/16_interop.ipynb #imports
 import importlib
@@ -31,7 +32,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import torch
@@ -173,10 +174,11 @@ ROPE_KINDS = {"default": [], "linear": ["factor"], "llama3": [*ROPE_KEYS][1:]}  
 def read_rope(theirs: Mapping) -> dict:
     """Our `rope_theta` and `rope_scaling`. Theirs stand in two fields or, since transformers 5, in one.
 
-    ValueError for a kind of scaling, or a part of one, that `RotaryPositions` does not know.
+    ValueError for a kind of scaling, or a part of one, that `RotaryPositions` does not know, and for senseless numbers.
     """
     inner = dict(theirs["rope_scaling"] or theirs["rope_parameters"] or {})
-    theta = inner.pop("rope_theta", None) or theirs["rope_theta"] or 10000.0
+    thetas = inner.pop("rope_theta", None), theirs["rope_theta"], 10000.0
+    theta = next(theta for theta in thetas if theta is not None)
     kind = [inner.pop(name) for name in ("rope_type", "type") if name in inner]
     kind = (kind or ["default"])[0]
     check_choice("kind of rope_scaling (rope_parameters) that minillm knows", kind, ROPE_KINDS)
@@ -185,6 +187,11 @@ def read_rope(theirs: Mapping) -> dict:
     if strange := inner.keys() ^ set(ROPE_KINDS[kind]):
         raise ValueError(f"rope_scaling (rope_parameters) of the kind {kind!r} must have {ROPE_KINDS[kind]}; it has "
                          f"{list(inner)}: {', '.join(sorted(strange))} is missing or not understood")
+    for name, value in {"rope_theta": theta, **inner}.items():
+        if type(value) not in (int, float) or not 0 < value < inf:
+            raise ValueError(f"{name} = {value!r} must be a number above 0")
+    if kind == "llama3" and inner["high_freq_factor"] <= inner["low_freq_factor"]:
+        raise ValueError(f"high_freq_factor = {inner['high_freq_factor']} must be above low_freq_factor")
     if kind == "default": return {"rope_theta": theta}
     return {"rope_theta": theta, "rope_scaling": {"kind": kind, **{ROPE_KEYS[k]: v for k, v in inner.items()}}}
 
@@ -252,6 +259,13 @@ def config_from_hub(theirs: Mapping, source: object = "config.json") -> ModelCon
     except (TypeError, ValueError) as error: raise ValueError(f"{source}: {error}") from None
 
 # %% ../notebooks/16_interop.ipynb #header
+def read_object(file: Path) -> dict:
+    "The fields of a JSON file. ValueError where it holds anything else."
+    try: found = read_json(file)
+    except RecursionError: raise ValueError(f"{file} is nested too deeply") from None
+    if not isinstance(found, dict): raise ValueError(f"{file} holds no fields, but {str(found)[:40]}")
+    return found
+
 def read_header(file: Path) -> tuple[dict, int]:
     "The header of a safetensors file, and the byte where its numbers begin. ValueError for any other file."
     size = file.stat().st_size
@@ -263,13 +277,16 @@ def read_header(file: Path) -> tuple[dict, int]:
             what = "a pickle, which could run a program when it is opened" if pickled else f"cut off at {size:,} bytes"
             raise ValueError(f"{file} is no whole safetensors file, it is {what}, or something else")
         try: header = json.loads(stream.read(length))
-        except ValueError as error: raise ValueError(f"{file} has a header that is no JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} has a header that is no JSON: {error}") from None
     if not isinstance(header, dict): raise ValueError(f"{file} has a header that names no tensors")
     header.pop("__metadata__", None)
     return header, 8 + length
 
 # %% ../notebooks/16_interop.ipynb #file-tensors
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")     # masks and angles that old files carry
+BUFFER_DTYPES = STORED_DTYPES | {"BOOL": torch.bool, "U8": torch.uint8}           # passed over, so these are allowed
 
 @dataclass(frozen=True)
 class Stored:
@@ -284,14 +301,15 @@ def file_tensors(file: Path) -> dict[str, Stored]:
     (header, first), found, name = read_header(file), {}, "none"
     try: entries = sorted((begin, stop, name, tuple(map(int, entry["shape"])), str(entry["dtype"]))
                           for name, entry in header.items() for begin, stop in [map(int, entry["data_offsets"])])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} has a header that describes no tensors: {error!r}") from None
     end = first
     for begin, stop, name, shape, kind in entries:
-        if kind not in STORED_DTYPES:
+        dtypes = BUFFER_DTYPES if BUFFERS.search(name) else STORED_DTYPES
+        if kind not in dtypes:
             raise ValueError(f"{file}: the tensor {name!r} is stored as {kind}; minillm reads "
                              f"{', '.join(STORED_DTYPES)}")
-        dtype = STORED_DTYPES[kind]
+        dtype = dtypes[kind]
         if first + begin != end or min(shape, default=0) < 0 or stop - begin != prod(shape) * dtype.itemsize:
             raise ValueError(f"{file}: the tensor {name!r} of shape {shape} and type {kind} cannot stand at bytes "
                              f"{begin} to {stop}: the file is mislabelled")
@@ -304,11 +322,16 @@ def file_tensors(file: Path) -> dict[str, Stored]:
 # %% ../notebooks/16_interop.ipynb #folder-tensors
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-def shard_files(folder: Path) -> dict[str, Path] | None:
-    "Which file the index of a checkpoint in several files names for each tensor; None without an index."
-    if not (folder / INDEX).is_file(): return None
-    listed = read_json(folder / INDEX).get("weight_map")
+def read_index(folder: Path) -> dict[str, str]:
+    "The file that the index of a checkpoint in several files names for each tensor."
+    listed = read_object(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed: raise ValueError(f"{folder / INDEX} has no 'weight_map'")
+    return listed
+
+def shard_files(folder: Path) -> dict[str, Path] | None:
+    "Where each tensor of a checkpoint in several files is; None without an index."
+    if not (folder / INDEX).is_file(): return None
+    listed = read_index(folder)
     for name, file in listed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{folder / INDEX} puts {name!r} in {file!r}, which is no safetensors file of this folder")
@@ -349,24 +372,23 @@ def stored_views(model: MiniLLM, family: Family) -> dict[str, list[Tensor]]:
         views.setdefault(theirs, []).append(tensor.detach().T if transposed else tensor.detach())
     return views
 
-BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")     # masks and angles that old files carry
-
 def match_stored(found: Mapping[str, Stored], views: Mapping[str, list[Tensor]], family: Family, source: object, *,
                  tied: bool) -> dict[str, Stored]:
     "What is stored for each of `views`. ValueError names the file and the tensor that is missing, too much or unfit."
     prefix = family.names["embedding"].split(".")[0] + "."
     if not any(name.startswith(prefix) for name in found):      # a file of the bare model, without its head
         found = {name if name.startswith("lm_head.") else prefix + name: stored for name, stored in found.items()}
-    for name, parts in views.items():
+    embedding, head = (f"{family.names[module]}.weight" for module in ("embedding", "head"))
+    wanted = {**views, head: views[embedding]} if tied and head in found else views
+    for name, parts in wanted.items():
         if name not in found: raise ValueError(f"{source} lacks the tensor {name!r} (of {len(views)})")
         shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
         if found[name].shape != shape:
             raise ValueError(f"{found[name].file}: the tensor {name!r} has the shape {found[name].shape}, and by "
                              f"config.json it should have {shape}")
-    head = {f"{family.names['head']}.weight"} if tied else set()
-    for name in found.keys() - views.keys() - head:
+    for name in found.keys() - wanted.keys():
         if not BUFFERS.search(name): raise ValueError(f"{found[name].file}: no place for the tensor {name!r}")
-    return {name: stored for name, stored in found.items() if name in views.keys() | head}
+    return {name: found[name] for name in wanted}
 
 # %% ../notebooks/16_interop.ipynb #read-pieces
 def read_pieces(stored: Stored, piece_bytes: int = 1 << 23) -> Iterator[tuple[slice, Tensor]]:
@@ -441,35 +463,41 @@ def hub_folder(path_or_id: str | Path, weights: bool = True) -> Path:
         raise FileNotFoundError(f"{name!r} is no folder with a config.json, and no hub id (owner/name)")
     if not weights or not is_hub_id(name): return folder
     hub_model_config(folder)        # an error now, before gigabytes are fetched for nothing
-    listed = read_json(folder / INDEX).get("weight_map", {}).values() if (folder / INDEX).is_file() else [WEIGHTS]
+    listed = read_index(folder).values() if (folder / INDEX).is_file() else [WEIGHTS]
     return fetch(name, [*SMALL_FILES, *sorted({file for file in listed if re.fullmatch(r"[\w.-]+", str(file))})])
 
 # %% ../notebooks/16_interop.ipynb #from-pretrained
 def hub_model_config(path_or_id: str | Path) -> ModelConfig:
     "The configuration of a checkpoint in Hugging Face's format, without its weights."
     file = hub_folder(path_or_id, weights=False) / "config.json"
-    return config_from_hub(read_json(file), file)
+    return config_from_hub(read_object(file), file)
+
+def check_rows(tokenizer: Tokenizer | None, config: ModelConfig, source: object) -> None:
+    "ValueError for a tokenizer with ids that the model has no rows for."
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
 
 def from_pretrained(path_or_id: str | Path, device: str = "auto",
                     dtype: str | torch.dtype = "auto") -> tuple[MiniLLM, Tokenizer | None]:
     """Model and tokenizer of a checkpoint in Hugging Face's format: a folder's path, or a hub id to download.
 
     Safetensors only, streamed: memory is the model's own. `dtype` as in `load_model`. ValueError or FileNotFoundError
-    names the file and the field or tensor that stands in the way; without tokenizer files a warning, and None.
+    names the file and the field or tensor that stands in the way; without tokenizer.json a warning, and None.
     """
     device, folder = choose_device(device), hub_folder(path_or_id)
-    theirs = read_json(folder / "config.json")
+    theirs = read_object(folder / "config.json")
     config = config_from_hub(theirs, folder / "config.json")
     try: tokenizer = tokenizer_from_hub(folder)
-    except FileNotFoundError:
-        warnings.warn(f"{path_or_id} has no tokenizer files: the model comes without a tokenizer", stacklevel=2)
+    except FileNotFoundError as error:
+        warnings.warn(f"the model comes without a tokenizer: {error}", stacklevel=2)
         tokenizer = None
+    check_rows(tokenizer, config, folder)
     return read_weights(folder, config, FAMILIES[theirs["model_type"]], device, dtype), tokenizer
 
 def is_hub_folder(path: str | Path) -> bool:
     "Whether this is a folder whose config.json is in Hugging Face's format."
     file = Path(path).expanduser() / "config.json"
-    return file.is_file() and "model_type" in read_json(file)
+    return file.is_file() and "model_type" in read_object(file)
 
 def open_model(name_or_path: str | Path, device: str = "auto",
                dtype: str | torch.dtype = "auto") -> tuple[MiniLLM, Tokenizer | None, dict]:
@@ -606,13 +634,14 @@ def save_pretrained(model: MiniLLM, tokenizer: Tokenizer | None, path: str | Pat
     """The folder `path`, which `AutoModelForCausalLM` and `AutoTokenizer` load: whole, or not at all.
 
     `dtype` converts the weights, `info` and `license` are for the model card (see `model_card`). ValueError where no
-    class of transformers holds the model (it names what stands in the way), or where the folder holds anything but such
-    an export.
+    class of transformers holds the model (it names what stands in the way), where the tokenizer has more ids than the
+    model rows, or where the folder holds anything but such an export.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - EXPORTED):
         raise ValueError(f"{path} holds other things than an exported model: choose a folder that is not there yet")
     theirs = config_to_hub(model.config)
+    check_rows(tokenizer, model.config, path)
     weights = {name: torch.cat(parts, dim=-1).to("cpu", dtype).contiguous()
                for name, parts in stored_views(model, FAMILIES[theirs["model_type"]]).items()}
     eos = None if tokenizer is None else tokenizer.eos_id
@@ -952,7 +981,7 @@ def read_special(data: dict, folder: Path) -> tuple[dict[str, int], str]:
         if spaced: raise not_understood(f"added_tokens, {token['content']!r}: {spaced[0]}", True)
         special[token["content"]] = token["id"]
     names = ("tokenizer_config.json", "special_tokens_map.json")
-    found = [read_json(folder / name).get("eos_token") for name in names if (folder / name).is_file()]
+    found = [read_object(folder / name).get("eos_token") for name in names if (folder / name).is_file()]
     named = [eos["content"] if isinstance(eos, dict) else eos for eos in found if eos]
     for eos in (*named, END_OF_TEXT, "</s>"):
         if eos in special: return special, eos
@@ -983,14 +1012,15 @@ def tokenizer_from_hub(folder: str | Path) -> Tokenizer:
         old = [name for name in ("tokenizer.model", "vocab.json", "spiece.model") if (folder / name).is_file()]
         hint = f", only {old[0]}: AutoTokenizer of transformers can open that and save a tokenizer.json" if old else ""
         raise FileNotFoundError(f"{folder} has no tokenizer.json{hint}")
-    data = read_json(path)
+    data = read_object(path)
     if "model" not in data: raise ValueError(f"{path} is no file of `tokenizers`: it has no entry 'model'")
     for name in ("truncation", "padding"):
         if data.get(name): raise not_understood(name, data[name])
-    try: tokenizer = read_tokenizer_json(data, *read_special(data, folder))
-    except (KeyError, TypeError, IndexError) as error:
+    try:
+        tokenizer = read_tokenizer_json(data, *read_special(data, folder))
+        tokenizer.begin = read_begin(data, tokenizer.special_tokens)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{path} lacks an entry, or has one of another shape: {error!r}") from None
-    tokenizer.begin = read_begin(data, tokenizer.special_tokens)
     return tokenizer
 
 def read_tokenizer_json(data: dict, special: dict[str, int], eos: str) -> Tokenizer:
@@ -1105,6 +1135,7 @@ def gguf_tensors(model: MiniLLM, kind: str) -> Iterator[tuple[str, Tensor]]:
 
 # %% ../notebooks/16_interop.ipynb #gguf-tokens
 GGUF_KINDS = {"normal": 1, "unknown": 2, "control": 3, "unused": 5, "byte": 6}    # of tokens
+IDS_ONLY = "(on the command line --no-tokenizer) writes the weights alone"
 
 def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int) -> dict:
     """What a GGUF's fields `tokenizer.ggml.*` say of a tokenizer, for a model of `n_rows` ids.
@@ -1119,8 +1150,8 @@ def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int) -> dict:
     match tokenizer:
         case BPETokenizer(): fields, tokens = gguf_byte_level(tokenizer)
         case FallbackTokenizer(): fields, tokens = gguf_fallback(tokenizer)
-        case _: raise ValueError(f"llama.cpp has no tokenizer like a {type(tokenizer).__name__}; tokenizer=None writes "
-                                 "the weights alone, for programs that work with ids")
+        case _: raise ValueError(f"llama.cpp has no tokenizer like a {type(tokenizer).__name__}; tokenizer=None "
+                                 f"{IDS_ONLY}, for programs that work with ids")
     rows = {i: (f"[PAD{i}]", "unused") for i in range(n_rows)} | tokens
     rows |= {i: (name, "unknown" if name == "<unk>" else "control") for name, i in tokenizer.special_tokens.items()}
     if len(rows) > n_rows: raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {n_rows}")
@@ -1134,7 +1165,7 @@ def gguf_byte_level(t: BPETokenizer) -> tuple[dict, dict[int, tuple[str, str]]]:
     names = {pattern: name for name, pattern in HUB_PATTERNS.items()}
     if t.pattern not in names or t.normalize not in (None, "NFC"):
         raise ValueError(f"llama.cpp knows no way of cutting a text by the pattern {t.pattern!r} after normalize="
-                         f"{t.normalize!r}; it knows {list(HUB_PATTERNS)}. tokenizer=None writes the weights alone")
+                         f"{t.normalize!r}; it knows {list(HUB_PATTERNS)}. tokenizer=None {IDS_ONLY}")
     merges, complete = all_merges(t.ranks)
     if not complete and names[t.pattern] != "llama-bpe":
         raise ValueError("this vocabulary has tokens that no merge makes, which llama.cpp finds for llama-bpe only")

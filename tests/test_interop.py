@@ -24,8 +24,10 @@ from minillm.interop import (
     open_model,
     save_pretrained,
     stored_views,
+    tokenizer_to_hub,
 )
 from minillm.model import PRESETS, MiniLLM, ModelConfig, continue_ids
+from minillm.tokenizer import CharTokenizer
 
 GPT = dict(vocab_size=97, n_positions=96, n_embd=48, n_layer=3, n_head=4)
 LLAMA = dict(vocab_size=97, max_position_embeddings=96, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -284,6 +286,14 @@ def change(folder, **fields) -> None:
     (dict(rope_scaling={"type": "linear", "factor": 4.0, "beta": 1}), "beta is missing or not understood"),
     (dict(rope_scaling={"type": "llama3", "factor": 4.0}), "high_freq_factor, low_freq_factor is missing"),
     (dict(num_key_value_heads=3), "n_kv_heads = 3"),
+    (dict(rope_theta=0), "rope_theta = 0 must be a number above 0"),
+    (dict(rope_theta=0, rope_scaling={"type": "linear", "factor": 2.0, "rope_theta": None}), "rope_theta = 0 must be"),
+    (dict(rope_theta="10000"), "rope_theta = '10000' must be a number above 0"),
+    (dict(rope_scaling={"type": "linear", "factor": "2"}), "factor = '2' must be a number above 0"),
+    (dict(rope_scaling={"type": "linear", "factor": 0}), "factor = 0 must be a number above 0"),
+    (dict(rope_scaling={"type": "linear", "factor": float("inf")}), "factor = inf must be a number above 0"),
+    (dict(rope_scaling={"type": "linear", "factor": True}), "factor = True must be a number above 0"),
+    (dict(rope_scaling={"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}), "high_freq_factor = 1.0 must be above low"),
 ])
 def test_a_field_that_is_not_understood_is_an_error_that_names_it(stranger, fields, wanted):
     change(stranger, **fields)
@@ -324,6 +334,9 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
     (lambda file: file.write_bytes(b""), "cut off at 0 bytes"),
     (lambda file: file.write_bytes(b"<html>" + b"x" * 500), "no whole safetensors file"),
     (lambda file: file.write_bytes((20).to_bytes(8, "little") + b"no JSON at all" * 9), "a header that is no JSON"),
+    (lambda file: file.write_bytes((90000).to_bytes(8, "little") + b"[" * 90000), "a header that is no JSON"),
+    (lambda file: rewrite(file, {NORM: {"shape": [float("inf")]}}), "describes no tensors"),
+    (lambda file: rewrite(file, {NORM: {"dtype": "BOOL"}}), "'model.norm.weight' is stored as BOOL"),
     (lambda file: file.write_bytes((2).to_bytes(8, "little") + b"[]"), "a header that names no tensors"),
     (lambda file: file.write_bytes((9).to_bytes(8, "little") + b'{"a": {}}'), "describes no tensors"),
     (lambda file: file.write_bytes((2).to_bytes(8, "little") + b"{}" + b"x" * 9), "the last tensor is 'none'"),
@@ -394,6 +407,52 @@ def test_a_tied_head_that_differs_is_an_error_and_one_that_does_not_is_none(stra
     assert model.head.weight is model.embedding.weight
 
 
+def test_a_tied_head_of_another_shape_is_an_error(stranger):
+    change(stranger, tie_word_embeddings=True)
+    tensors = load_file(stranger / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for part in (embedding[:10], embedding[:0], embedding[:, :0], embedding[None], embedding[0, 0], embedding[:, :5], embedding.T):
+        save_file({**tensors, HEAD: part.clone().contiguous()}, stranger / "model.safetensors")
+        shape = re.escape(str(tuple(part.shape)))
+        with pytest.raises(ValueError, match=rf"model.safetensors: the tensor 'lm_head.weight' has the shape {shape}, .* \(31, 16\)"):
+            from_pretrained(stranger)
+
+
+def test_a_json_file_without_fields_is_named(stranger):
+    config = (stranger / "config.json").read_text()
+    for text in ("5", "[1]", "null", "[" * 90000):
+        (stranger / "config.json").write_text(text)
+        for opened in (from_pretrained, open_model):
+            with pytest.raises(ValueError, match="stranger/config.json (holds no fields|is nested too deeply)"): opened(stranger)
+    (stranger / "config.json").write_text(config)
+    (stranger / "tokenizer.json").write_text("5")
+    with pytest.raises(ValueError, match="stranger/tokenizer.json holds no fields"): from_pretrained(stranger)
+    (stranger / "tokenizer.json").unlink()
+    in_shards(stranger)
+    (stranger / "model.safetensors.index.json").write_text("[1]")
+    with pytest.raises(ValueError, match="index.json holds no fields"): from_pretrained(stranger)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_a_mask_that_old_files_carry_may_have_any_type(tmp_path, dtype):
+    config = BASE.replace(**GPTS)
+    save_pretrained(MiniLLM(config), None, tmp_path / "old")
+    file = tmp_path / "old/model.safetensors"
+    whole = load(tmp_path / "old")
+    save_file({**load_file(file), "transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32).to(dtype)}, file)
+    same_weights(load(tmp_path / "old"), whole)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_an_error(tmp_path, stranger):
+    letters, says = CharTokenizer("".join(map(chr, range(97, 160)))), "the tokenizer has 64 ids, the model 31"
+    with pytest.raises(ValueError, match=f"no: {says}"): save_pretrained(load(stranger), letters, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    tokenizer_to_hub(letters, stranger)
+    with pytest.raises(ValueError, match=f"stranger: {says}"): from_pretrained(stranger)
+    (stranger / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="tokenizer_config.json holds no fields"): from_pretrained(stranger)
+
+
 def test_a_folder_of_ours_or_of_nothing_is_no_checkpoint_of_the_hub(tmp_path, stranger):
     with pytest.raises(FileNotFoundError, match="no folder with a config.json"): from_pretrained(tmp_path)
     save_model(tmp_path / "own", load(stranger))
@@ -407,8 +466,10 @@ def test_loading_draws_no_random_numbers(stranger):
 
 
 def test_without_tokenizer_files_the_model_comes_with_a_warning(stranger):
-    with pytest.warns(UserWarning, match="no tokenizer files"): model, tokenizer = from_pretrained(stranger)
+    with pytest.warns(UserWarning, match="without a tokenizer: .*stranger has no tokenizer.json$"): model, tokenizer = from_pretrained(stranger)
     assert tokenizer is None and not model.training
+    (stranger / "tokenizer.model").write_bytes(b"")
+    with pytest.warns(UserWarning, match="no tokenizer.json, only tokenizer.model: AutoTokenizer"): from_pretrained(stranger)
 
 
 # -- weights out -----------------------------------------------------------------------------------------------------
