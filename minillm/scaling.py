@@ -210,8 +210,8 @@ class SweepData:
     validation: TokenFile
 
     def batches(self, tokens: TokenFile, seed: int = 0) -> Batches:
-        """Tales: one a row. Other text: rows of 128 tokens, about as many as a tale has, from anywhere: laid end to end,
-        one source file fills many batches, and the last one read decides what a short run ends with."""
+        """Tales: one a row. Other text: rows of 128 tokens, about as many as a tale has, from anywhere. Laid end to
+        end, one source file would fill many batches, and the last one decide what a short run ends with."""
         kind, length = ("documents", CONTEXT) if tokens.world else ("windows", CONTEXT // 2)
         return Batches(tokens, self.tokenizer, batch_size=BATCH_SIZE, sequence_length=length, kind=kind, seed=seed)
 
