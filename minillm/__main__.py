@@ -407,13 +407,13 @@ def start_model(recipe: Recipe) -> tuple[MiniLLM, Tokenizer]:
     config = recipe.train
     torch.manual_seed(config.seed)
     started = RunFolder(config.out_dir).latest() if config.resume and config.out_dir else None
-    check_choice("preset", recipe.preset, PRESETS)
-    shape = PRESETS[recipe.preset].replace(**recipe.model)      # a shape that cannot be is an error before the data
     if recipe.init_from:
         if recipe.model: raise ValueError(f"init_from brings its own shape: leave out {', '.join(recipe.model)}")
         model, tokenizer, _ = open_model(started or recipe.init_from, "cpu", "float32")
         if tokenizer is None: raise ValueError(f"{recipe.init_from} has no tokenizer: no text can be made into ids")
         return model, tokenizer
+    check_choice("preset", recipe.preset, PRESETS)
+    shape = PRESETS[recipe.preset].replace(**recipe.model)      # a shape that cannot be is an error before the data
     spec = str(started.parent / "tokenizer.json") if started else recipe.tokenizer
     tokenizer = make_tokenizer(spec, recipe.data, recipe.field, recipe.max_samples, config.seed)
     return MiniLLM(shape.replace(**{"vocab_size": tokenizer.vocab_size, **recipe.model})), tokenizer

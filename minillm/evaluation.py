@@ -125,7 +125,7 @@ class TextScore:
 # %% ../notebooks/13_evaluation.ipynb #score-text
 def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
     "A document's ids as in training: behind what the tokenizer says that a text begins with, else between end tokens."
-    return [*(tokenizer.begin or [tokenizer.eos_id]), *tokenizer.encode(text), tokenizer.eos_id]
+    return [*tokenizer.first_ids, *tokenizer.encode(text), tokenizer.eos_id]
 
 def score_text(model: nn.Module, tokenizer: Tokenizer, documents: Iterable[str], *, window: int | None = None,
                stride: int | None = None) -> TextScore:

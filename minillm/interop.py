@@ -841,7 +841,7 @@ def tokenizer_to_hub(tokenizer: Tokenizer, folder: str | Path) -> None:
             raise ValueError(f"{sorted(clash)} are special and ordinary tokens both, and tokenizer.json goes by names")
         vocab |= tokenizer.special_tokens
     whole = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
-    begin = [name for name, i in tokenizer.special_tokens.items() if i in (tokenizer.begin or [tokenizer.eos_id])]
+    begin = [name for name, i in tokenizer.special_tokens.items() if i in tokenizer.first_ids]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token, "bos_token": begin[0],
               "clean_up_tokenization_spaces": False}
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -1145,7 +1145,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int) -> dict:
     by ids even where a FallbackTokenizer has `merges` of its own, as the SentencePiece model behind such a file does.
     """
     if isinstance(tokenizer, SentencePieceTokenizer): tokenizer = sentencepiece_to_fallback(tokenizer)
-    begin = tokenizer.begin or [tokenizer.eos_id]
+    begin = tokenizer.first_ids
     if len(begin) > 1: raise ValueError(f"begin = {begin}: llama.cpp puts one token in front of a text, not more")
     match tokenizer:
         case BPETokenizer(): fields, tokens = gguf_byte_level(tokenizer)
@@ -1226,7 +1226,7 @@ def write_field(writer, key: str, value: object) -> None:
 # %% ../notebooks/16_interop.ipynb #continuations
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
     "Ids of a context, begin tokens in front, and of what follows it. Spaces between them belong to the second."
-    begin = tokenizer.begin or [tokenizer.eos_id]
+    begin = tokenizer.first_ids
     stripped = context.rstrip(" ")
     whole = tokenizer.encode(context + continuation)
     first = tokenizer.encode(stripped)
@@ -1265,7 +1265,7 @@ def harness_model(model: MiniLLM, tokenizer: Tokenizer):
     Each text begins with what a Generator puts first. A context too long for the model loses its beginning; a long
     text that is scored as a whole is read in windows (`token_nats` of lesson 13).
     """
-    api, begin = import_optional("lm_eval.api.model"), tokenizer.begin or [tokenizer.eos_id]
+    api, begin = import_optional("lm_eval.api.model"), tokenizer.first_ids
 
     class Ours(api.LM):
         "The three questions that the harness asks."

@@ -274,7 +274,7 @@ class Generator:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
                              "take the tokenizer that the model was trained with")
         self.model, self.tokenizer = model, tokenizer
-        self.begin = list(tokenizer.begin or [tokenizer.eos_id]) if begin is None else list(begin)
+        self.begin = list(tokenizer.first_ids if begin is None else begin)
         forward, known = torch.compile(model, dynamic=True) if compile else model, tokenizer.vocab_size
         self.forward = lambda ids, cache: forward(ids, cache)[..., :known]   # models may have rows to spare
 

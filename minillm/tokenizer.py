@@ -90,6 +90,9 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._bytes)                # ids may have gaps: a model needs rows up to the last
         self.eos_id = self.special_tokens[eos_token]
 
+    @property
+    def first_ids(self) -> list[int]: return self.begin or [self.eos_id]      # what a model's text begins with
+
     def encode(self, text: str, allowed_special: Iterable[str] | str = ()) -> list[int]:
         "The ids of `text`. A special token's name is ordinary text unless `allowed_special` lists it (or is 'all')."
         check_text(text)
