@@ -1,10 +1,13 @@
 """The command line, `python -m minillm COMMAND`: the roof of the house. It parses, calls what the lessons built, and prints.
 
 By hand. Flags are made by tyro from the functions below and from the lessons' dataclasses; their docstrings and
-comments are the help. What goes wrong is one message on standard error and a non-zero exit status.
+comments are the help. What goes wrong is one line on standard error and a non-zero exit status.
 """
+import contextlib
 import dataclasses
+import functools
 import inspect
+import io
 import itertools
 import math
 import os
@@ -659,6 +662,19 @@ def given_flags(arguments: list[str]) -> dict[str, str]:
     return found
 
 
+def parse_flags(command: Callable, name: str, arguments: list[str], **more):
+    "`tyro.cli`, whose box of an error becomes a ValueError of one line."
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(command, prog=f"{PROGRAM} {name}", args=arguments, **more)
+    except SystemExit as end:
+        if not end.code: raise                                  # after --help
+        parts = re.split(r"│ ─+ │", box.getvalue().partition("\n")[2])
+        said = [" ".join(re.sub(r"[│╭╮╰╯]|──+", " ", part).split()) for part in parts]
+        raise ValueError(". ".join(part.rstrip(".") for part in said if not part.startswith("For full help"))) from None
+
+
 def parse_train(arguments: list[str]) -> Recipe:
     "The recipe that the flags of `train` describe: they stand over the run's own settings to resume, or a recipe's."
     given = given_flags(arguments)
@@ -675,10 +691,15 @@ def parse_train(arguments: list[str]) -> Recipe:
         folder = "runs/" + (re.sub(r"[^\w.-]+", "-", name) or "run")
         training = dataclasses.replace(training, out_dir=free_folder(folder))
     default = TrainFlags(recipe=given.get("recipe"), **own, training=training, model=ModelFlags(**shape))
-    found = tyro.cli(TrainFlags, prog=f"{PROGRAM} train", args=arguments, default=default)
+    found = parse_flags(TrainFlags, "train", arguments, default=default)
     changes = {name: value for name, value in vars(found.model).items() if value != shape[name]}
     return Recipe(**{name: getattr(found, name) for name in RECIPE_FIELDS}, model={**base.model, **changes},
                   train=found.training)
+
+
+def later(command: Callable) -> Callable:
+    "With the same flags: the call, not yet made."
+    return functools.wraps(command)(lambda *values, **named: functools.partial(command, *values, **named))
 
 
 COMMANDS: dict[str, Callable] = {"quickstart": quickstart, "tokenize": tokenize, "train": train, "plot": plot,
@@ -701,7 +722,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             check_choice("command", name, COMMANDS)
             if name == "train": train(parse_train(rest))
-            else: tyro.cli(COMMANDS[name], prog=f"{PROGRAM} {name}", args=rest)
+            else: parse_flags(later(COMMANDS[name]), name, rest)()
         sys.stdout.flush()
     except BrokenPipeError:                                     # whoever read has gone: `| head`, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
