@@ -62,13 +62,13 @@ from minillm.tokenizer import (
     split_ranks,
 )
 
+# %% ../notebooks/16_interop.ipynb #fields
 from .data import hub_is_offline
 from .evaluation import log_probs, token_nats
 from .model import DERIVED, MiniLLM, ModelConfig, check_choice
 from .positions import rotary_frequencies
 from .sampling import Generator
 
-# %% ../notebooks/16_interop.ipynb #fields
 LLAMA_FIELDS = {            # their field: ours, with the same meaning
     "vocab_size": "vocab_size", "max_position_embeddings": "context_length", "hidden_size": "d_model",
     "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
@@ -195,6 +195,7 @@ def read_rope(theirs: Mapping) -> dict:
     if kind == "default": return {"rope_theta": theta}
     return {"rope_theta": theta, "rope_scaling": {"kind": kind, **{ROPE_KEYS[k]: v for k, v in inner.items()}}}
 
+# %% ../notebooks/16_interop.ipynb #read-rest
 def layer_kinds(windows: list) -> list[str]:
     "The kind of each layer, in the words of transformers."
     return ["full_attention" if window is None else "sliding_attention" for window in windows]
@@ -211,7 +212,6 @@ def read_window(theirs: Mapping, n_layers: int) -> dict:
     raise ValueError(f"layer_types = {kinds} (max_window_layers = {first}): minillm has windows in all layers, or in "
                      "all but every n-th")
 
-# %% ../notebooks/16_interop.ipynb #read-rest
 ACTIVATIONS_THERE = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
                      "silu": "swiglu", "swish": "swiglu"}
 BIASES = {(False, False): False, (True, False): "attention", (True, True): True}     # (attention_bias, mlp_bias)
@@ -466,12 +466,12 @@ def hub_folder(path_or_id: str | Path, weights: bool = True) -> Path:
     listed = read_index(folder).values() if (folder / INDEX).is_file() else [WEIGHTS]
     return fetch(name, [*SMALL_FILES, *sorted({file for file in listed if re.fullmatch(r"[\w.-]+", str(file))})])
 
-# %% ../notebooks/16_interop.ipynb #from-pretrained
 def hub_model_config(path_or_id: str | Path) -> ModelConfig:
     "The configuration of a checkpoint in Hugging Face's format, without its weights."
     file = hub_folder(path_or_id, weights=False) / "config.json"
     return config_from_hub(read_object(file), file)
 
+# %% ../notebooks/16_interop.ipynb #from-pretrained
 def check_rows(tokenizer: Tokenizer | None, config: ModelConfig, source: object) -> None:
     "ValueError for a tokenizer with ids that the model has no rows for."
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -494,6 +494,7 @@ def from_pretrained(path_or_id: str | Path, device: str = "auto",
     check_rows(tokenizer, config, folder)
     return read_weights(folder, config, FAMILIES[theirs["model_type"]], device, dtype), tokenizer
 
+# %% ../notebooks/16_interop.ipynb #open-model
 def is_hub_folder(path: str | Path) -> bool:
     "Whether this is a folder whose config.json is in Hugging Face's format."
     file = Path(path).expanduser() / "config.json"
@@ -585,6 +586,8 @@ A language model of {parameters:,} parameters ({architecture}: {n_layers} layers
 ## Licence
 The weights: {license}. The text they were trained on may have its own.
 """
+
+# %% ../notebooks/16_interop.ipynb #model-card
 COURSE = "[minillm](https://github.com/minillm-course/minillm), a course in which a language model is built from scratch"
 LIMITS = """It continues text of the kind it was trained on, and nothing else: it was not trained to answer, to follow
 instructions or to know facts, and nobody checked what it may write."""
@@ -597,7 +600,6 @@ print(tell("{begin}{prompt}")[0]["generated_text"])"""
 WITH_IDS = """from transformers import AutoModelForCausalLM     # it comes without a tokenizer: ids go in and come out
 model = AutoModelForCausalLM.from_pretrained("{name}")  # this folder, or its address on the hub"""
 
-# %% ../notebooks/16_interop.ipynb #model-card
 def model_card(model: MiniLLM, tokenizer: Tokenizer | None, name: str, info: Mapping,
                license: str | None = None) -> str:
     """A README.md as the hub shows it: what the model is, trained on what, figures, use, limits, licence.
@@ -1056,6 +1058,7 @@ def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             yield key >> 3, data[place:place + size]
             place += size
 
+# %% ../notebooks/16_interop.ipynb #sentencepiece-in
 def sentencepiece_to_fallback(t: SentencePieceTokenizer) -> FallbackTokenizer:
     """A SentencePiece model of type BPE, with byte fallback and without normalization, in our own class: the same ids.
 
@@ -1160,6 +1163,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int) -> dict:
     return fields | {"tokens": list(names), "token_type": [GGUF_KINDS[kind] for kind in kinds],
                      "bos_token_id": begin[0], "eos_token_id": tokenizer.eos_id, "add_bos_token": True}
 
+# %% ../notebooks/16_interop.ipynb #gguf-cutting
 def gguf_byte_level(t: BPETokenizer) -> tuple[dict, dict[int, tuple[str, str]]]:
     "Fields, and name and kind of each token, of a byte-level BPE: llama.cpp knows how it cuts by a name."
     names = {pattern: name for name, pattern in HUB_PATTERNS.items()}
@@ -1180,7 +1184,6 @@ def gguf_fallback(t: FallbackTokenizer) -> tuple[dict, dict[int, tuple[str, str]
     tokens |= {i: (f"<0x{byte:02X}>", "byte") for byte, i in enumerate(t.byte_ids)}
     return {"model": "llama", "pre": "default", "add_space_prefix": t.front != "never"}, tokens
 
-# %% ../notebooks/16_interop.ipynb #to-gguf
 def import_optional(name: str):
     "A library that only one part of this module needs, or an ImportError that says how to get it."
     try: return importlib.import_module(name)
@@ -1188,6 +1191,7 @@ def import_optional(name: str):
         package = name.split(".")[0].replace("_", "-")
         raise ImportError(f"this needs an optional library: pip install {package}") from None
 
+# %% ../notebooks/16_interop.ipynb #to-gguf
 def to_gguf(model: MiniLLM, tokenizer: Tokenizer | None, path: str | Path, dtype: str = "f32", *,
             name: str = "minillm") -> None:
     """Model and tokenizer as one GGUF file for llama.cpp. `dtype` of the matrices: "f32", "f16" or "q8_0", in which 32
