@@ -24,7 +24,7 @@ __all__ = ['WORD_PATTERN', 'NUMBERS', 'PRONOUNS', 'ELEMENT', 'WORLDS', 'SHORT_GI
            'full_mild_day', 'full_farewell', 'full_loss', 'full_gift', 'full_sharing', 'full_promise', 'full_storm',
            'full_contest', 'full_helper', 'full_seed', 'full_noise', 'full_swap', 'full_story']
 
-# %% ../notebooks/01_tales.ipynb #imports
+# %% ../notebooks/01_tales.ipynb #words
 import math
 import random
 import re
@@ -35,7 +35,6 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import NamedTuple
 
-# %% ../notebooks/01_tales.ipynb #words
 WORD_PATTERN = r"""'s\b|\w+(?:'(?!s\b)\w+)*|[^\w\s]"""    # 's alone; a word, didn't included; or one punctuation mark
 
 def words(text: str) -> list[str]:
@@ -401,7 +400,7 @@ class NextWord(Narrator):
         share = way.share * row.shares(way.used)[value]
         return self.way(way.index, share, way.slots, {**way.facts, slot.fact: value}, used)
 
-# %% ../notebooks/01_tales.ipynb #short-tables
+# %% ../notebooks/01_tales.ipynb #short-story
 SHORT_GIRLS = "Mia Zoe Lily Rosa Emma Nora Anna".split()
 SHORT_BOYS = "Tom Ben Max Sam Leo Finn Jack".split()
 SHORT_PRONOUNS = {**dict.fromkeys(SHORT_GIRLS, "she"), **dict.fromkeys(SHORT_BOYS, "he")}
@@ -425,7 +424,6 @@ SHORT_TABLES = {
                  "sad": ["sad", "lonely", "unhappy"]},
 }
 
-# %% ../notebooks/01_tales.ipynb #short-story
 def short_story(say) -> None:
     "The root of the short world: who it is about, what it is about, then that plot, then how it ends."
     say("Once there was a {nature:natures} {kind:kinds} named {hero:names} who lived by the {home:homes}.",
@@ -926,6 +924,7 @@ FULL_THINGS = {
 }
 FULL_TABLES = FULL_PEOPLE | FULL_THINGS
 
+# %% ../notebooks/01_tales.ipynb #full-frame
 def full_meet(say):
     "Who the tale is about, and where and with whom the hero lives."
     say("{hero:names} was a {trait:traits} {kind:kinds_for[hero]} who lived with {hero.his} {elder:elders} in a"
@@ -1001,7 +1000,7 @@ def full_farewell(say):
     lines = FULL_FAREWELLS["sad" if facts["ending"] == "sad" else facts.get("told", "soon")]
     say(*[lines[fact] for fact in lines if fact in facts][0])
 
-# %% ../notebooks/01_tales.ipynb #full-plots-1
+# %% ../notebooks/01_tales.ipynb #full-loss
 FULL_LOST_TO = {"wind": ("{cause=wind}The wind reached down like a hand and took the {object} away.",
                          "{cause=wind}All at once there was a great wind, and the {object} flew out of {hero.his}"
                          " {paws}.",
@@ -1116,6 +1115,7 @@ def full_loss(say):
     else:
         say(*FULL_HOMECOMINGS[facts["cause"]])
 
+# %% ../notebooks/01_tales.ipynb #full-gift
 FULL_NEEDS = {"scarf": "was cold from head to foot",
               "hat": "was cold from head to foot",
               "bowl": "had to drink out of a boot",
@@ -1192,6 +1192,7 @@ def full_gift(say):
     if facts["luck"] == "safe": say(*FULL_PARTIES["safe"], *FULL_PARTIES[way])
     else: say(*FULL_PARTIES[facts["luck"]])
 
+# %% ../notebooks/01_tales.ipynb #full-sharing
 FULL_ARRIVALS = {"cold": ('{ending=funny}{friend} took a bite. "It tastes of nothing," said {friend} sadly. "That is'
                           ' your cold," said {hero}, and ate the others, only to make sure.',),
                  "new": ('{ending=happy}"I do not know anybody here," said {friend}. "You know me," said {hero},'
@@ -1243,6 +1244,7 @@ def full_sharing(say):
             "On the way home the {trait} {kind} sang so loudly that every crow flew off.",
             "On the way home the empty {object} was so light that {hero} danced.")
 
+# %% ../notebooks/01_tales.ipynb #full-promise
 FULL_OUTINGS = {"boat": "went out on the lake and counted the ducks. There were {sight:sights}",
                 "cart": "went to the field and brought in pumpkins, all {sight:sights} of them",
                 "sledge": "went to the snowy hill and came down it {sight:sights} times",
@@ -1320,6 +1322,7 @@ def full_promise(say):
     else:
         say(*FULL_DELAYS[say.facts["object"]])
 
+# %% ../notebooks/01_tales.ipynb #full-storm
 FULL_REPAIRS = {"roof": "put a new roof over {friend}'s bed",
                 "flood": "carried the water out of {friend}'s house again"}
 FULL_MORNINGS = {cause: (
@@ -1375,7 +1378,7 @@ def full_storm(say):
     say(*FULL_MORNINGS[facts["cause"]])
     say(*FULL_AFTERMATH[facts["ending"]])
 
-# %% ../notebooks/01_tales.ipynb #full-plots-2
+# %% ../notebooks/01_tales.ipynb #full-contest
 FULL_ACCIDENTS = {"boat": "ran onto a stone and stood still",
                   "cart": "lost a wheel and fell over",
                   "sledge": "hit a root and flew into the deep snow"}
@@ -1438,6 +1441,7 @@ def full_contest(say):
     if facts["luck"] == "fair": say(*FULL_FAIR[facts["object"]])
     else: say(*FULL_UNFAIR)
 
+# %% ../notebooks/01_tales.ipynb #full-helper
 FULL_TRAPS = ("{helper=mole}By the road {hero.he} heard a thin voice. A mole lay under a fallen tree and could not"
               " move.",
               "{helper=wren}Half way there {hero.he} heard a thin voice. It was a wren, hanging in a bush by one"
@@ -1513,6 +1517,7 @@ def full_helper(say):
     else:
         say(*FULL_LONELY[facts["helper"]])
 
+# %% ../notebooks/01_tales.ipynb #full-seed
 FULL_GROWN = {"water": "It drank and drank, and it grew into a pumpkin so big that {hero} and {friend} could both"
                        " sit in it.",
               "song": "It grew into a sunflower, taller than {hero.his} {elder}, and whenever {hero} sang it turned"
@@ -1571,6 +1576,7 @@ def full_seed(say):
             '"Leave me the last {left}," {hero} said to the snail, and it did.')
     say(*FULL_HARVESTS[facts["care"]])
 
+# %% ../notebooks/01_tales.ipynb #full-noise
 FULL_SOURCES = {"knocking": ('{ending=wise}It was the old {tree:trees} tree, knocking with one arm. "So that is how'
                              ' a {ghost} looks from near by," said {hero}.',
                              '{ending=funny}It was the old {tree:trees} tree, knocking with one arm. "Good evening,"'
@@ -1629,6 +1635,7 @@ def full_noise(say):
     say(*FULL_SOURCES[facts["noise"]])
     say(*FULL_NIGHTS[facts["ending"]])
 
+# %% ../notebooks/01_tales.ipynb #full-swap
 FULL_FAULTS = {"clock": "was so loud that nobody could sleep",
                "hen": "began to sing at four in the morning",
                "cheese": "smelled like an old boot",
