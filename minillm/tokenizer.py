@@ -574,7 +574,7 @@ class UnigramTokenizer(Tokenizer):
         scores = {read_bytes(token): score for token, score in data["tokens"]}
         return cls(scores, data["pattern"], data["special_tokens"], data["eos_token"])
 
-# %% ../notebooks/02_tokenizer.ipynb #sentencepiece-tokenizer
+# %% ../notebooks/02_tokenizer.ipynb #import-sentencepiece
 def import_sentencepiece():
     "The library `sentencepiece`, or an ImportError that says how to get it."
     try:
@@ -583,6 +583,7 @@ def import_sentencepiece():
         raise ImportError("SentencePieceTokenizer needs an optional library: pip install sentencepiece") from None
     return sentencepiece
 
+# %% ../notebooks/02_tokenizer.ipynb #sentencepiece-tokenizer
 class SentencePieceTokenizer(Tokenizer):
     """A model of Google's `sentencepiece` behind our interface; special tokens come after its own pieces.
 
