@@ -1,7 +1,7 @@
 """What was tried for the recipes of the packaged tales: each variant gets the same time of one CPU core, and is then measured.
 
-    python tools/search.py tales-short-first 60   sixty seconds of training a variant, each appended to tools/search.json
-    python tools/search.py tales 90 "3 layers" "d_model 192"       these variants only
+    python tools/search.py quickstart 100      a hundred seconds of training a variant, each appended to tools/search.json
+    python tools/search.py tales 300 "3 layers" "d_model 192"      these variants only
     python tools/search.py                     the table of what was tried, as README.md shows it
 
 The seconds are the process's own, so a busy machine is no excuse. A variant that stands in the file is not run again.
@@ -24,23 +24,29 @@ from minillm.tokenizer import Tokenizer
 from minillm.training import load_recipe, train
 
 RESULTS = Path(__file__).with_name("search.json")
-COMMON = {"max_samples": 16_000, "evaluate_every": 1_000_000, "progress": False}
+COMMON = {"max_samples": 32_000, "evaluate_every": 1_000_000, "progress": False}
 VARIANTS = {
     "the recipe": {},
-    "tied embeddings": {"tie_embeddings": True},
-    "no norm on queries and keys": {"qk_norm": False},
+    "Muon, 2e-3": {"learning_rate": 2e-3},
+    "Muon, 7e-3": {"learning_rate": 7e-3},
+    "Muon, 1e-2": {"learning_rate": 1e-2},
+    "Muon, 2e-2": {"learning_rate": 2e-2},
+    "AdamW, 1e-3": {"optimizer": "adamw", "learning_rate": 1e-3},
     "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
     "AdamW, 1e-2": {"optimizer": "adamw", "learning_rate": 1e-2},
-    "Muon, 5e-3": {"learning_rate": 5e-3},
-    "Muon, 2e-2": {"learning_rate": 2e-2},
     "cosine schedule": {"schedule": "cosine"},
+    "constant, the last half cooled down": {"schedule": "wsd", "cooldown_share": 0.5},
+    "no weight decay": {"weight_decay": 0.0},
     "4 tales a step": {"batch_size": 4},
     "16 tales a step": {"batch_size": 16},
     "1 layer": {"n_layers": 1},
     "3 layers": {"n_layers": 3},
-    "4 layers": {"n_layers": 4},
-    "d_model 64": {"d_model": 64, "n_heads": 2, "d_ff": 128},
+    "2 heads": {"n_heads": 2},
+    "8 heads": {"n_heads": 8},
+    "d_model 96": {"d_model": 96, "n_heads": 3, "d_ff": 192},
     "d_model 192": {"d_model": 192, "n_heads": 6, "d_ff": 384},
+    "tied embeddings": {"tie_embeddings": True},
+    "no norm on queries and keys": {"qk_norm": False},
     "learned positions": {"position": "learned"},
     "ALiBi": {"position": "alibi"},
     "512 tokens in the vocabulary": {"tokenizer": "bpe:512:tales"},
