@@ -27,13 +27,11 @@ RESULTS = Path(__file__).with_name("search.json")
 COMMON = {"max_samples": 32_000, "evaluate_every": 1_000_000, "progress": False}
 VARIANTS = {
     "the recipe": {},
-    "Muon, 2e-3": {"learning_rate": 2e-3},
-    "Muon, 7e-3": {"learning_rate": 7e-3},
+    "Muon, 1.2e-3": {"learning_rate": 1.2e-3},
+    "Muon, 5e-3": {"learning_rate": 5e-3},
     "Muon, 1e-2": {"learning_rate": 1e-2},
-    "Muon, 2e-2": {"learning_rate": 2e-2},
     "AdamW, 1e-3": {"optimizer": "adamw", "learning_rate": 1e-3},
     "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
-    "AdamW, 1e-2": {"optimizer": "adamw", "learning_rate": 1e-2},
     "cosine schedule": {"schedule": "cosine"},
     "constant, the last half cooled down": {"schedule": "wsd", "cooldown_share": 0.5},
     "no weight decay": {"weight_decay": 0.0},
@@ -42,13 +40,10 @@ VARIANTS = {
     "1 layer": {"n_layers": 1},
     "3 layers": {"n_layers": 3},
     "2 heads": {"n_heads": 2},
-    "8 heads": {"n_heads": 8},
     "d_model 96": {"d_model": 96, "n_heads": 3, "d_ff": 192},
     "d_model 192": {"d_model": 192, "n_heads": 6, "d_ff": 384},
     "tied embeddings": {"tie_embeddings": True},
     "no norm on queries and keys": {"qk_norm": False},
-    "learned positions": {"position": "learned"},
-    "ALiBi": {"position": "alibi"},
     "512 tokens in the vocabulary": {"tokenizer": "bpe:512:tales"},
 }
 
