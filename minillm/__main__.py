@@ -670,9 +670,11 @@ def parse_flags(command: Callable, name: str, arguments: list[str], **more):
             return tyro.cli(command, prog=f"{PROGRAM} {name}", args=arguments, **more)
     except SystemExit as end:
         if not end.code: raise                                  # after --help
-        parts = re.split(r"│ ─+ │", box.getvalue().partition("\n")[2])
-        said = [" ".join(re.sub(r"[│╭╮╰╯]|──+", " ", part).split()) for part in parts]
-        raise ValueError(". ".join(part.rstrip(".") for part in said if not part.startswith("For full help"))) from None
+        lines = [line.strip(" │╰╯") for line in box.getvalue().splitlines()[1:]]
+        parts = re.split(r"^[─-]{10,}$|^Got errors:$", "\n".join(lines), flags=re.MULTILINE)
+        said = [" ".join(part.split()).rstrip(".") for part in parts]
+        kept = [part for part in said if part and not part.startswith(("For full help", "- <class"))]
+        raise ValueError(". ".join(kept)) from None
 
 
 def parse_train(arguments: list[str]) -> Recipe:
@@ -727,7 +729,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:                                     # whoever read has gone: `| head`, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, TrainingError) as error:
+    except (ValueError, OSError, ImportError, TrainingError) as error:
         print(f"minillm {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

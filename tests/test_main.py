@@ -137,6 +137,7 @@ def test_a_text_shorter_than_the_context_is_one_clear_line(say):
     ("train --learning-rat 1", "Perhaps you meant: --learning-rate"),
     ("generate run --temprature 1", "Perhaps you meant: --temperature"),
     ("train --steps ten", "parsing --steps: invalid literal"),
+    ("generate run --top-k 1.5", r"instantiated from \['1.5'\]. Argument helptext: --top-k"),
     ("train --steps 0", "steps must be at least 1"),
     ("train --optimizer adam", "adamw"),
     ("train --resume", "resume needs the out_dir"),
@@ -183,6 +184,11 @@ def test_a_process_fails_with_a_status_and_no_traceback(place):
     done = process("train", "--data", "empty.txt")
     assert done.returncode == 1 and done.stderr == "minillm train: empty.txt is empty (0 bytes); expected text in UTF-8\n"
     assert not done.stdout
+
+
+def test_a_missing_library_is_one_clear_line(run, say, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)                          # as Python marks what cannot be imported
+    refused(say("export", run, "--to", "gguf", "--no-tokenizer", "--out", "x.gguf"), "pip install gguf")
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(run, say):
