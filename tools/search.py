@@ -1,4 +1,4 @@
-"""What was tried for the recipes of the packaged tales: each variant gets the same time of one CPU core, and is then measured.
+"""What was tried for the recipes of the tales, the quickstart's first of all: each variant gets the same time of one CPU core, and is then measured.
 
     python tools/search.py quickstart 120      two minutes of training a variant, each appended to tools/search.json
     python tools/search.py tales 300 "3 layers" "d_model 192"      these variants only
