@@ -730,7 +730,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, TrainingError) as error:
-        print(f"minillm {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+            wanted = Path(error.filename)
+            file = next((path for path in (wanted, *wanted.parents) if path.is_file()), wanted)
+            said = f"{wanted} cannot be a folder, for {file} is a file"
+        print(f"minillm {name}: {' '.join(said.split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"minillm {name}: stopped", file=sys.stderr)

@@ -197,6 +197,13 @@ def test_a_new_run_does_not_overwrite_an_old_one(run, say):
     assert Path(run, "recipe.json").read_text() == before
 
 
+def test_a_file_where_a_folder_is_wanted_is_one_clear_line(say, tmp_path):
+    file = tmp_path / "a-file"
+    file.touch()
+    refused(say("tokenize", "--data", "tales-short", "--max-samples", 20, "--out-dir", file), "a-file cannot be a folder, for")
+    refused(say("train", "--data", "tales-short", "--max-samples", 20, "--steps", 1, "--out-dir", file / "run"), "a-file is a file")
+
+
 # one run through all commands
 
 
