@@ -544,9 +544,10 @@ def read_step(run: Run, nats: Tensor, tokens: Tensor, norm: Tensor, rate: float)
     nats, tokens, norm = torch.stack([nats, tokens.to(nats), norm.to(nats)]).tolist()
     loss, overflow_is_fine = nats / max(tokens, 1), run.scaler.enabled and run.scaler.scale > 2**-20
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflow_is_fine):
+        good = run.folder and run.folder.latest()
         raise TrainingError(
             f"at step {run.step + 1} the loss is {loss:.4g} and the gradient's norm {norm:.4g}, with learning rate "
-            f"{rate:.3g}; the last good checkpoint is {run.folder and run.folder.latest()}. "
+            f"{rate:.3g}; {f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'}. "
             "Lower learning_rate, raise warmup_steps, or set clip=1.0")
     return {"step": run.step + 1, "loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": int(tokens)}
 
