@@ -125,9 +125,9 @@ def to_law(theta: np.ndarray, middle: np.ndarray, floor: float | None) -> Law:
     return Law(scale + exponent * middle, exponent, floors)
 
 def from_law(law: Law, middle: np.ndarray, blind: bool) -> np.ndarray:
-    "The way back: one law as a candidate (1, K)."
-    floor = [np.log(np.maximum(np.atleast_1d(law.floor), 1e-300))] if blind else []
-    return np.concatenate([law.log_scale - law.exponent * middle, law.exponent, *floor])[None]
+    "The way back: laws as candidates (R, K), one law as one row."
+    floor = [np.log(np.maximum(law.floor, 1e-300))[..., None]] if blind else []
+    return np.atleast_2d(np.concatenate([law.log_scale - law.exponent * middle, law.exponent, *floor], -1))
 
 # %% ../notebooks/15_scaling.ipynb #fit-law
 def starts(x: np.ndarray, y: np.ndarray, blind: bool) -> np.ndarray:
@@ -153,9 +153,9 @@ def profile(sizes, losses, floors: Sequence[float], delta: float = 0.03) -> tupl
     """For each of R assumed `floors` the best law that has it (a `Law` of R), and its misfit (R): the summed Huber loss
     of logs of the loss, which a blind fit minimises over the floor as well."""
     x, y, middle = centred_logs(sizes, losses, None)
-    begin = [from_law(fit_law(sizes, losses, floor, delta=delta), middle, True)[0] for floor in floors]
+    begin = np.concatenate([from_law(fit_law(sizes, losses, floor, delta=delta), middle, True) for floor in floors])
     free = [True] * 2 * len(middle) + [False]                                           # all but the floor may move
-    theta, misfit = descend(np.array(begin), x, y, np.ones((len(begin), len(y))), delta, free=free)
+    theta, misfit = descend(begin, x, y, np.ones((len(begin), len(y))), delta, free=free)
     return to_law(theta, middle, None), misfit
 
 # %% ../notebooks/15_scaling.ipynb #bootstrap

@@ -14,6 +14,7 @@ from tools import package
 
 ROOT = Path(minillm.__file__).resolve().parent.parent
 TALES = ["tales", "tales-short"]
+GOALS = {"tales": (0.02, 0.60), "tales-short": (0.003, 0.95)}      # excess as a share of the floor at most, valid tales at least
 
 
 def test_these_are_the_models_and_each_is_small_and_has_a_recipe_and_a_curve():
@@ -35,7 +36,10 @@ def test_a_model_of_tales_is_as_near_the_floor_as_its_record_says(name):
     excess = score_tales(model, tokenizer, world, [tale.text for tale in world.tales(300)]).excess
     low, high = about["excess_interval"]
     assert low <= excess.high and excess.low <= high
-    assert about["valid_bound"] < about["valid_share"] <= 1 and about["new_share"] >= 0.99 and about["samples"] == 1000
+    most, least = GOALS[name]
+    assert about["loss_nats_per_token"] <= (1 + most) * about["floor_nats_per_token"]
+    assert about["valid_bound"] < about["valid_share"] <= 1 and about["valid_share"] >= least
+    assert about["new_share"] >= 0.99 and about["samples"] == 1000
 
 
 def test_a_model_of_real_text_pays_what_its_record_says():

@@ -1,19 +1,34 @@
-"""How skills come during training, for lesson 13: `python tools/evaluation_results.py training` writes minillm/evaluation.json.
+"""What lesson 13 and README.md show and a lesson has no time for; each command writes its part of minillm/evaluation.json.
 
-The quickstart's recipe on tales without six pairs of an animal and a thing, with lesson 13's whole report every 50 steps: five minutes on
-a quiet core.
+    python tools/evaluation_results.py training        how skills come: the quickstart's recipe on tales without six pairs of an animal and
+                                                       a thing, with lesson 13's whole report every 50 steps; five minutes on a quiet core
+    python tools/evaluation_results.py temperatures    a thousand tales of each packaged model at five temperatures; ten minutes
 """
 import json
+import math
 import sys
 import tempfile
-from itertools import islice
+from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
-from minillm.checkpoints import atomic_write
-from minillm.data import Corpus, tokenize_once
-from minillm.evaluation import Watch, encode_document, estimate_mean, is_tale, tale_report, token_nats
+from minillm.checkpoints import atomic_write, load_model, read_json
+from minillm.data import TALE_CORPORA, Corpus, tokenize_once
+from minillm.evaluation import (
+    Watch,
+    encode_document,
+    estimate_mean,
+    estimate_share,
+    is_tale,
+    retell,
+    seen_among,
+    tale_report,
+    tell_tales,
+    token_nats,
+)
 from minillm.model import PRESETS, MiniLLM
 from minillm.sampling import Generator
 from minillm.tales import TaleWorld
@@ -85,15 +100,40 @@ def training(every: int = 50, tales: int = 100, samples: int = 40, questions: in
             "seen": around_the_thing(generator, tales_of(False, n, 4_000_000)), "records": watch.records}
 
 
-def store(found: dict, path: Path = STORE) -> None:
-    "A line for each record: small, and a change of one is a change of one line."
-    head = {key: value for key, value in found.items() if key != "records"}
-    records = ",\n".join(json.dumps(record) for record in found["records"])
-    with atomic_write(path) as temporary:
-        temporary.write_text(f'{{"training": {json.dumps(head)[:-1]}, "records": [\n{records}\n]}}}}\n', encoding="utf-8")
+def temperatures(names: tuple = ("tales", "tales-short"), grid: tuple = (0.2, 0.4, 0.6, 0.8, 1.0), samples: int = 1000) -> dict:
+    """What packaged models tell at each temperature: how much is valid, new, different from the rest; `names_in_use`, how many equally
+    frequent heroes would have the same entropy; `surprise`, the nats that the storyteller itself pays for a valid tale."""
+    records = []
+    for name in names:
+        model, tokenizer, about = load_model(name, "cpu", "float32")
+        generator, world = Generator(model, tokenizer), TaleWorld(TALE_CORPORA[about["data"]])
+        told = {T: tell_tales(generator, samples, temperature=T) for T in grid}
+        valid = {T: [text for text in texts if is_tale(world, text)] for T, texts in told.items()}
+        seen = seen_among(list(chain.from_iterable(valid.values())), chain.from_iterable(map(retell, about["training"]["tales"])))
+        for T in grid:
+            share, parses = estimate_share(len(valid[T]), samples), [world.parse(text) for text in valid[T]]
+            heroes = [count / len(parses) for count in Counter(parse.facts["hero"] for parse in parses).values()]
+            records.append({"model": name, "temperature": T, "valid": [round(x, 3) for x in share[:3]],
+                            "new": round(fmean(text not in seen for text in valid[T]), 4), "different": len(set(told[T])) / samples,
+                            "names_in_use": round(math.exp(-sum(p * math.log(p) for p in heroes)), 1),
+                            "surprise": round(fmean(-parse.log_prob for parse in parses), 2)})
+            print(records[-1], flush=True)
+    return {"command": "python tools/evaluation_results.py temperatures", "samples": samples, "records": records}
+
+
+def store(part: str, found: dict, path: Path = STORE) -> None:
+    "A line for each record: small, and a change of one is a change of one line. The other parts of the file stay."
+    def lines(found: dict) -> str:
+        head = {key: value for key, value in found.items() if key != "records"}
+        records = ",\n".join(json.dumps(record) for record in found["records"])
+        return f'{json.dumps(head)[:-1]}, "records": [\n{records}\n]}}'
+    parts = {**(read_json(path) if path.exists() else {}), part: found}
+    text = ",\n".join(f'"{name}": {lines(content)}' for name, content in parts.items())
+    with atomic_write(path) as temporary: temporary.write_text("{" + text + "}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["training"]: sys.exit(__doc__)
     torch.set_num_threads(1)
-    store(training())
+    commands = {"training": training, "temperatures": temperatures}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands: sys.exit(__doc__)
+    store(sys.argv[1], commands[sys.argv[1]]())
