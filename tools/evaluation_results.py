@@ -18,7 +18,9 @@ import torch
 from minillm.checkpoints import atomic_write, load_model, read_json
 from minillm.data import TALE_CORPORA, Corpus, tokenize_once
 from minillm.evaluation import (
+    Estimate,
     Watch,
+    copy_report,
     encode_document,
     estimate_mean,
     estimate_share,
@@ -59,45 +61,51 @@ def trained(texts: list[str], watch: Watch, tokenizer: Tokenizer, **changes) -> 
     return Generator(model, tokenizer)
 
 
-def seen_at_a_step(model: MiniLLM, tokenizer: Tokenizer, tales: int, samples: int, questions: int) -> dict:
-    "What is kept of lesson 13's report."
-    report, _ = tale_report(Generator(model, tokenizer), "short", tales=tales, samples=samples, questions=questions)
+def seen_at_a_step(model: MiniLLM, tokenizer: Tokenizer, learnt: list[str], groups: dict, **wanted) -> dict:
+    "What is kept of lesson 13's report, with copies from the tales that were `learnt` and the prices of each group of tales around the thing."
+    report, told = tale_report(Generator(model, tokenizer), "short", **wanted)
     def short(value): return round(value, 4)
     return {"excess": short(report["excess_nats_per_tale"]),
             "by_kind": {kind: short(found["excess"]) for kind, found in report["excess_by_kind"].items()},
             "valid": {name: short(report[f"valid_{name}"]) for name in ("bound", "expected", "share")},
-            "distinct_4grams": short(report["distinct_4grams"]),
+            "distinct_4grams": short(report["distinct_4grams"]), "copied_words": copy_report(told, learnt)["copied_words_median"],
+            "pairs": {name: [short(e.value) for e in around_the_thing(model, tokenizer, some).values()] for name, some in groups.items()},
             "skills": {skill: [short(found["accuracy"]), short(found["belief"])] for skill, found in report["skills"].items()},
             "chance": {skill: short(found["chance"]) for skill, found in report["skills"].items()}}
 
 
-def around_the_thing(generator: Generator, texts: list[str]) -> dict:
-    "Excess (nats a tale) at the word that draws the thing and behind it; how often the tale, told on from there, is valid."
-    parses = [WORLD.parse(text) for text in texts]
-    paid = token_nats(generator.model, [encode_document(generator.tokenizer, text) for text in texts])
-    places, at, behind = [parse.mentions["object"][0] for parse in parses], [], []
-    for parse, place, nats in zip(parses, places, paid):
+def around_the_thing(model: MiniLLM, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Estimate]:
+    "Excess, in nats a tale, at the word that draws the thing and behind it."
+    parses, at, behind = [WORLD.parse(text) for text in texts], [], []
+    for parse, nats in zip(parses, token_nats(model, [encode_document(tokenizer, text) for text in texts])):
         if len(nats) != len(parse.words) + 1: raise ValueError("a word of several tokens")
-        over = [cost + word.log_prob for cost, word in zip(nats.tolist(), parse.words)]
+        over, place = [cost + word.log_prob for cost, word in zip(nats.tolist(), parse.words)], parse.mentions["object"][0]
         at.append(over[place])
         behind.append(sum(over[place + 1:]))
-    begun = [parse.text[:parse.words[place].end] for parse, place in zip(parses, places)]
+    return {"at the thing": estimate_mean(at), "behind it": estimate_mean(behind)}
+
+
+def told_on(generator: Generator, texts: list[str]) -> dict:
+    "The prices around the thing; and how many of the tales are valid when the model tells them on from there."
+    parses, prices = [WORLD.parse(text) for text in texts], around_the_thing(generator.model, generator.tokenizer, texts)
+    begun = [parse.text[:parse.words[parse.mentions["object"][0]].end] for parse in parses]
     told = generator.generate(begun, temperature=1.0, top_k=None, top_p=1.0, max_new_tokens=180, seed=0)
     valid = sum(is_tale(WORLD, start + rest) for start, rest in zip(begun, told))
-    means = {"at the thing": estimate_mean(at), "behind it": estimate_mean(behind)}
-    return {"tales": len(texts), "valid": valid, **{name: [round(x, 3) for x in found[:3]] for name, found in means.items()}}
+    return {"tales": len(texts), "valid": valid, **{name: [round(x, 3) for x in found[:3]] for name, found in prices.items()}}
 
 
 def training(every: int = 50, tales: int = 100, samples: int = 40, questions: int = 20, n: int = 200, **changes) -> dict:
-    "The report at every `every` steps, and tales with and without the held-out pairs at the end."
-    texts = tales_of(False, 15_200, 0)
+    "The report at every `every` steps, and tales with and without the held-out pairs."
+    texts, groups = tales_of(False, 15_200, 0), {name: tales_of(name == "held out", n, 4_000_000) for name in ("held out", "seen")}
     tokenizer = BPETokenizer.train(texts, 1024, pattern="tales")
-    watch = Watch(lambda model: seen_at_a_step(model, tokenizer, tales, samples, questions), every)
+    wanted = {"tales": tales, "samples": samples, "questions": questions}
+    watch = Watch(lambda model: seen_at_a_step(model, tokenizer, texts, groups, **wanted), every)
     generator = trained(texts, watch, tokenizer, **changes)
     chance = [record.pop("chance") for record in watch.records][-1]
     return {"command": "python tools/evaluation_results.py training", "pairs": sorted(map(list, PAIRS)), "questions": questions,
-            "samples": samples, "chance": chance, "held out": around_the_thing(generator, tales_of(True, n, 4_000_000)),
-            "seen": around_the_thing(generator, tales_of(False, n, 4_000_000)), "records": watch.records}
+            "samples": samples, "chance": chance, **{name: told_on(generator, some) for name, some in groups.items()},
+            "world itself": copy_report([tale.text for tale in TaleWorld("short", seed=5_000_000).tales(samples)], texts)["copied_words_median"],
+            "records": watch.records}
 
 
 def temperatures(names: tuple = ("tales", "tales-short"), grid: tuple = (0.2, 0.4, 0.6, 0.8, 1.0), samples: int = 1000) -> dict:
