@@ -285,7 +285,7 @@ def scaling(*, out_dir: Path = Path("runs/scaling"), results: Path | None = None
             max_minutes: float = math.inf) -> None:
     """The sweep behind lesson 15: small models of many sizes and lengths of training. Killed, it goes on where it was.
 
-    All of it is some three hours of one quiet CPU core; one process at a time. `--results minillm/scaling.json`
+    All of it is about an hour and a half of one quiet CPU core; one process at a time. `--results minillm/scaling.json`
     continues the course's own sweep.
 
     Args:

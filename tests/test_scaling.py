@@ -139,6 +139,18 @@ def test_groups_are_drawn_together():
     assert spread(bootstrap(sizes, noisy, 36.0, groups=labels)) > 1.3 * spread(bootstrap(sizes, noisy, 36.0))
 
 
+def test_a_blind_bootstrap_from_a_floor_of_zero_finds_what_refits_find():
+    "All points are fitted best with no floor; a third of the draws are not, and must not stay where that fit stands."
+    sizes = np.stack(np.meshgrid(np.geomspace(2e4, 1e6, 4), np.geomspace(1e5, 8e5, 4), indexing="ij"), -1).reshape(-1, 2)
+    _, _, losses = planted((0.3, 0.5), (20.0, 40.0), 5.0, sizes)
+    losses = losses * np.exp(0.05 * np.random.default_rng(8).normal(size=16))
+    assert fit_law(sizes, losses).floor < 1e-9
+    drawn = np.random.default_rng(0).multinomial(16, np.full(16, 1 / 16), 20)
+    refits = [fit_law(sizes[again], losses[again]).floor for again in (np.repeat(np.arange(16), counts) for counts in drawn)]
+    assert sum(floor > 1 for floor in refits) == 6
+    assert np.allclose(bootstrap(sizes, losses, samples=20).floor, refits, atol=0.1)
+
+
 def test_what_cannot_be_fitted_is_an_error_that_says_why():
     with pytest.raises(ValueError, match="2 points cannot fix 3 numbers"): fit_law([1, 2], [3, 2])
     with pytest.raises(ValueError, match="not above the floor 2"): fit_law([1, 2, 3], [3, 2, 1], 2.0)
@@ -344,7 +356,20 @@ def test_the_packaged_results_are_whole():
         assert row["steps"] == row["branch"] if row["cooled"] else row["steps"] == row["branch"] - round(0.2 * row["branch"])
     known = {(r["corpus"], r["width"], r["branch"], r["cooled"]) for r in rows}
     assert len(known) == len(rows) and {(*job, cooled) for job in scaling.jobs() for cooled in (True, False)} >= known
-    if any(r["width"] == scaling.CHECK_WIDTH for r in rows): assert promised
+    assert promised["points"] == 32, "made from the family's branches of up to 800 steps"
+
+
+def test_what_the_lesson_says_of_the_checks_is_so():
+    rows, promised = scaling.load_results()
+    points, tokens = as_points(rows, check=True), np.log(np.array(promised["sizes"])[:, 1])
+    assert sorted(r["branch"] for r in rows if r["width"] == scaling.CHECK_WIDTH and r["cooled"]) == [200, 400, 800, 1600]
+    def at(name, column):
+        law = promised[name]
+        return np.interp(np.log(points.tokens), tokens, np.column_stack([law["loss"], law["interval"]])[:, column])
+    assert (points.loss < at("known", 1)).all(), "too gloomy, each time"
+    assert ((at("blind", 1) <= points.loss) & (points.loss <= at("blind", 2))).tolist() == [True, True, True, False]
+    nearer = abs(at("known", 0) - points.loss) < abs(at("blind", 0) - points.loss)
+    assert nearer.tolist() == [False, True, True, True] and at("blind", 0)[-1] < points.floor
 
 
 def test_the_count_of_budget_and_ours_agree():
