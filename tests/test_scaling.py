@@ -355,7 +355,8 @@ def test_the_packaged_results_are_whole():
         assert row["nats"] > (row["floor"] or 0) and row["tokens"] > 0
         assert row["steps"] == row["branch"] if row["cooled"] else row["steps"] == row["branch"] - round(0.2 * row["branch"])
     known = {(r["corpus"], r["width"], r["branch"], r["cooled"]) for r in rows}
-    assert len(known) == len(rows) and {(*job, cooled) for job in scaling.jobs() for cooled in (True, False)} >= known
+    assert len(known) == len(rows) and {(*job, cooled) for job in scaling.jobs() for cooled in (True, False)} == known
+    assert not scaling.missing_jobs(rows)
     assert promised["points"] == 32, "made from the family's branches of up to 800 steps"
 
 
