@@ -70,7 +70,7 @@ def try_variant(name: str, changes: dict, seconds: float, folder: str) -> dict:
 
 def table(results: dict) -> str:
     "What was tried, the best first."
-    rows = ["| variant | parameters | steps | CPU seconds | nats a tale over the floor | of it recall |", "|---|---|---|---|---|---|"]
+    rows = ["| variant | parameters | steps | CPU seconds | nats a tale over the floor | of it at words that recall what was said |", "|---|---|---|---|---|---|"]
     for name, r in sorted(results.items(), key=lambda row: row[1]["excess_nats_per_tale"]):
         rows.append(f"| {name} | {r['parameters']:,} | {r['steps']:,} | {r['seconds']} | {r['excess_nats_per_tale']:.2f} | {r['recall']:.2f} |")
     return "\n".join(rows)
