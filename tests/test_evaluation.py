@@ -383,6 +383,19 @@ def test_the_stored_curves_hold_what_they_say():
         assert record["valid"]["bound"] == pytest.approx(math.exp(-record["excess"]), abs=1e-3)
         assert set(record["skills"]) == skills and all(0 <= belief <= 1 for _, belief in record["skills"].values())
     for name in ("held out", "seen"): assert 0 <= stored[name]["valid"] <= stored[name]["tales"]
+    last = stored["records"][-1]["pairs"]
+    for name, prices in last.items(): assert prices == pytest.approx([stored[name][where][0] for where in ("at the thing", "behind it")], abs=1e-3)
+
+
+def test_cold_dice_make_more_tales_valid_and_none_old():
+    "minillm/evaluation.json again: at each temperature below 1 more is valid, and all of it new, whatever the packaged model."
+    stored = json.loads((resources.files("minillm") / "evaluation.json").read_text(encoding="utf-8"))["temperatures"]
+    for name in ("tales", "tales-short"):
+        rows = {row["temperature"]: row for row in stored["records"] if row["model"] == name}
+        assert set(rows) == {0.2, 0.4, 0.6, 0.8, 1.0} and all(row["new"] == row["different"] == 1 for row in rows.values())
+        assert all(rows[T]["valid"][1] > rows[1.0]["valid"][2] for T in rows if T < 1)
+        record = json.loads((resources.files("minillm") / f"{name}.json").read_text(encoding="utf-8"))["info"]
+        assert rows[1.0]["valid"][0] == pytest.approx(record["valid_share"], abs=1e-3)
 
 
 def test_the_report_of_tales_has_its_keys_and_is_json(packaged, tmp_path):

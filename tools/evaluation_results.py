@@ -1,7 +1,7 @@
 """What lesson 13 and README.md show and a lesson has no time for; each command writes its part of minillm/evaluation.json.
 
     python tools/evaluation_results.py training        how skills come: the quickstart's recipe on tales without six pairs of an animal and
-                                                       a thing, with lesson 13's whole report every 50 steps; five minutes on a quiet core
+                                                       a thing, with lesson 13's whole report every 50 steps; eight minutes of CPU
     python tools/evaluation_results.py temperatures    a thousand tales of each packaged model at five temperatures; ten minutes
 """
 import json
